@@ -1,0 +1,129 @@
+"""The KV contract that all engines of a bundle share, and the paged pool of engines that live in host memory."""
+
+import hashlib
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NewType, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+BlockId = NewType("BlockId", int)
+BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvContract:
+    """How KV is stored, byte for byte, so that a prefill engine's blocks are a decode engine's input.
+
+    One block of one layer is `K [block_tokens, kv_heads, head_dim]` then `V` likewise, in `dtype`; keys are stored
+    after RoPE. `int8` is followed by `K scale [block_tokens, kv_heads]` and `V scale` likewise, IEEE half, with
+    value = int8 * scale. `num_layers` counts the whole model.
+    """
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: Literal["fp16", "int8"] = "fp16"
+    block_tokens: int = BLOCK_TOKENS
+
+    @property
+    def values_per_block(self) -> int:
+        """Elements of K (or of V) in one block of one layer."""
+        return self.block_tokens * self.kv_heads * self.head_dim
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+        if self.dtype == "fp16":
+            return 4 * self.values_per_block
+        return 2 * self.values_per_block + 4 * self.block_tokens * self.kv_heads
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all layers."""
+        return self.num_layers * self.block_bytes // self.block_tokens
+
+    @property
+    def sha256(self) -> str:
+        """Identity compared at every handshake."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_tokens)
+
+
+class KvPoolExhaustedError(RuntimeError):
+    """The pool has fewer free blocks than were asked for; nothing was allocated."""
+
+
+class KvPool(Protocol):
+    """Owns the KV blocks of one node; a block id means the same 32 token slots in every layer of `layers`."""
+
+    contract: KvContract
+    layers: range
+    num_blocks: int
+
+    @property
+    def free_blocks(self) -> int: ...
+
+    def allocate(self, count: int) -> list[BlockId]:
+        """Take `count` blocks, contents undefined. Raises KvPoolExhaustedError and takes none if fewer are free."""
+        ...
+
+    def free(self, blocks: Sequence[BlockId]) -> None:
+        """Give blocks back. Raises ValueError, and frees none, if one of them is not allocated or is named twice."""
+        ...
+
+    def read(self, blocks: Sequence[BlockId], layer: int) -> npt.NDArray[np.uint8]:
+        """Copy of the blocks of one model layer: uint8 [len(blocks), contract.block_bytes]."""
+        ...
+
+    def write(self, blocks: Sequence[BlockId], layer: int, data: npt.NDArray[np.uint8]) -> None:
+        """Overwrite whole blocks of one model layer from uint8 [len(blocks), contract.block_bytes]."""
+        ...
+
+
+class HostKvPool:
+    """KvPool in host memory, for backends that compute there; pages are taken from the system when first touched."""
+
+    def __init__(self, contract: KvContract, layers: range, num_blocks: int) -> None:
+        self.contract = contract
+        self.layers = layers
+        self.num_blocks = num_blocks
+        shape = (len(layers), num_blocks, contract.block_bytes)
+        memory = mmap.mmap(-1, max(1, shape[0] * shape[1] * shape[2]))
+        count = shape[0] * shape[1] * shape[2]
+        self.data: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8, count).reshape(shape)
+        """uint8 [layers, num_blocks, block_bytes]; native engines compute on this memory in place."""
+        self._free = [BlockId(block) for block in reversed(range(num_blocks))]
+        self._is_free = [True] * num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[BlockId]:
+        if count > len(self._free):
+            raise KvPoolExhaustedError(f"{count} KV blocks asked for, {len(self._free)} of {self.num_blocks} are free")
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._is_free[block] = False
+        return blocks
+
+    def free(self, blocks: Sequence[BlockId]) -> None:
+        wrong = [block for block in blocks if not 0 <= block < self.num_blocks or self._is_free[block]]
+        if wrong or len(set(blocks)) != len(blocks):
+            raise ValueError(f"KV blocks {wrong or list(blocks)} are not allocated, or named twice")
+        for block in blocks:
+            self._is_free[block] = True
+        self._free.extend(reversed(blocks))
+
+    def read(self, blocks: Sequence[BlockId], layer: int) -> npt.NDArray[np.uint8]:
+        return self.data[layer - self.layers.start, np.asarray(blocks, np.intp)]
+
+    def write(self, blocks: Sequence[BlockId], layer: int, data: npt.NDArray[np.uint8]) -> None:
+        self.data[layer - self.layers.start, np.asarray(blocks, np.intp)] = data
