@@ -123,7 +123,7 @@ class HostKvPool:
         self._free.extend(reversed(blocks))
 
     def read(self, blocks: Sequence[BlockId], layer: int) -> npt.NDArray[np.uint8]:
-        return self.data[layer - self.layers.start, np.asarray(blocks, np.intp)]
+        return np.take(self.data[layer - self.layers.start], np.asarray(blocks, np.intp), axis=0)
 
     def write(self, blocks: Sequence[BlockId], layer: int, data: npt.NDArray[np.uint8]) -> None:
         self.data[layer - self.layers.start, np.asarray(blocks, np.intp)] = data

@@ -29,7 +29,7 @@ class Int8Weight:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Int4Weight:
-    """y = (x * input_scale) @ (q * scale).T on all channels but the outliers, plus x[:, outlier_columns] @ outlier_weight.T.
+    """y = (x * input_scale) @ (q * scale).T over all channels but the outliers, + x[:, outliers] @ outlier_weight.T.
 
     q [N, K] int8 in [-8, 7], zero in the outlier columns; scale [N, K / group_size] float32;
     input_scale [K] float32, AWQ's per-channel pre_quant_scale applied to activations (None: all ones; 0 never occurs);
