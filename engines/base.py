@@ -45,8 +45,11 @@ class Output:
 class Engine(Protocol):
     """One compiled engine, loaded. Not thread-safe: one `forward` at a time, from any thread."""
 
-    spec: EngineSpec
-    kv: KvPool
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    @property
+    def kv(self) -> KvPool: ...
 
     def forward(self, batch: Batch) -> Output:
         """Run one step. The GIL is released. A row's result does not depend on the rest of the batch, on how its
