@@ -1,0 +1,47 @@
+"""What can never be served, what cannot be served now, and how to say so."""
+
+from collections.abc import Sequence
+
+from edgellm.orchestrator.core.config import CoreConfig
+from edgellm.orchestrator.core.nodes import NodeRegistry
+from edgellm.orchestrator.core.requests import Request
+from edgellm.orchestrator.core.values import RequestSpec
+
+UNMEASURED_PREFILL_TOKENS_PER_S = 500.0
+
+
+def impossibility(config: CoreConfig, nodes: NodeRegistry, spec: RequestSpec) -> str | None:
+    """Why the request would not fit even an idle cluster, with the arithmetic; None if it would.
+
+    Nodes that are dead count: they may come back. While no decode node has ever joined nothing is impossible.
+    """
+    prompt_tokens, max_tokens = len(spec.prompt), spec.generation.max_tokens
+    needed = config.blocks_for(prompt_tokens + max_tokens)
+    largest = max((n.profile.kv_blocks for n in nodes if n.can("decode", config.num_layers)), default=needed)
+    if needed <= largest:
+        return None
+    return (
+        f"{prompt_tokens} prompt tokens + {max_tokens} to generate need {needed} KV blocks of {config.block_tokens} "
+        f"tokens, the largest decode node has {largest} ({largest * config.block_tokens} tokens): ask for fewer tokens"
+    )
+
+
+def retry_after_ms(nodes: NodeRegistry, waiting: Sequence[Request]) -> int:
+    """Time in which half of the waiting prompts will have been read at the measured speeds, at least 100 ms."""
+    tokens = sum(len(request.spec.prompt) for request in waiting)
+    speed = sum(node.load.prefill_tokens_per_s for node in nodes.ready()) or UNMEASURED_PREFILL_TOKENS_PER_S
+    return max(100, round(500 * tokens / speed))
+
+
+def why_waiting(config: CoreConfig, nodes: NodeRegistry, request: Request) -> str:
+    """For a request that found no place in time: what is missing."""
+    waited = f"found no place for {config.placement_timeout_s:.0f} s: "
+    ready = nodes.ready()
+    decoders = [node for node in ready if node.profile.role == "decode" and node.can("decode", config.num_layers)]
+    if not decoders:
+        return waited + "no decode node is ready"
+    if not any(node.can("prefill", config.num_layers) for node in ready) and not request.spec.allow_degraded_prefill:
+        return waited + "no half-precision prefill engine is ready, and the request does not allow degraded prefill"
+    needed = config.blocks_for(request.capacity_tokens)
+    free = max(node.free_blocks for node in decoders)
+    return waited + f"it needs {needed} KV blocks on one decode node, at most {free} are free"

@@ -1,0 +1,76 @@
+"""The cluster as one pure state machine: an event and the time in, commands out."""
+
+from typing import assert_never
+
+from edgellm.orchestrator.core import on_attempt, on_node, on_request
+from edgellm.orchestrator.core.commands import Command
+from edgellm.orchestrator.core.config import CoreConfig
+from edgellm.orchestrator.core.events import (
+    AttemptFailed,
+    AttemptReleased,
+    Event,
+    HeartbeatReceived,
+    KvSent,
+    NodeJoined,
+    NodeLost,
+    PrefillDone,
+    RequestEnded,
+    RequestSubmitted,
+    Tick,
+    TokenGenerated,
+)
+from edgellm.orchestrator.core.integrity import check_integrity
+from edgellm.orchestrator.core.placement import place_waiting
+from edgellm.orchestrator.core.policy import Policy
+from edgellm.orchestrator.core.state import ClusterState
+
+
+class Core:
+    """Drives every request through `queued -> prefilling -> decoding -> ended`.
+
+    Deterministic: equal events at equal times give equal commands. `state` is for reading only.
+    """
+
+    def __init__(self, config: CoreConfig, policy: Policy) -> None:
+        self.state = ClusterState(config)
+        self._policy = policy
+
+    def handle(self, now_s: float, event: Event) -> list[Command]:
+        """Take one event at time `now_s`, which must not go backwards; returns what to do, in order."""
+        self.state.now_s = now_s
+        _apply(self.state, event)
+        place_waiting(self.state, self._policy)
+        out, self.state.out = self.state.out, []
+        return out
+
+    def check_integrity(self) -> None:
+        """Recount everything that must hold between events. Raises IntegrityError with what does not."""
+        check_integrity(self.state)
+
+
+def _apply(state: ClusterState, event: Event) -> None:
+    match event:
+        case NodeJoined():
+            on_node.node_joined(state, event)
+        case NodeLost():
+            on_node.node_lost(state, event)
+        case HeartbeatReceived():
+            on_node.heartbeat_received(state, event)
+        case PrefillDone():
+            on_attempt.prefill_done(state, event)
+        case KvSent():
+            on_attempt.kv_sent(state, event)
+        case TokenGenerated():
+            on_attempt.token_generated(state, event)
+        case AttemptFailed():
+            on_attempt.attempt_failed(state, event)
+        case AttemptReleased():
+            on_attempt.attempt_released(state, event)
+        case RequestSubmitted():
+            on_request.request_submitted(state, event)
+        case RequestEnded():
+            on_request.request_ended(state, event)
+        case Tick():
+            on_request.tick(state)
+        case _:
+            assert_never(event)

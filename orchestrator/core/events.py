@@ -1,0 +1,102 @@
+"""What can happen to the cluster. `Core.handle` takes one of these and the time."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from edgellm.orchestrator.core.values import (
+    AttemptId,
+    ConnectionId,
+    FailureKind,
+    KvTransfer,
+    NodeId,
+    NodeLoad,
+    NodeProfile,
+    RequestId,
+    RequestSpec,
+    SampledToken,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJoined:
+    connection: ConnectionId
+    profile: NodeProfile
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLost:
+    """The stream of a node ended, however it ended."""
+
+    connection: ConnectionId
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeartbeatReceived:
+    connection: ConnectionId
+    load: NodeLoad
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillDone:
+    connection: ConnectionId
+    attempt: AttemptId
+    first_token: SampledToken | None
+    """Absent where the prompt was read again for tokens already known."""
+    prefill_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvSent:
+    """The decode node has all KV of the prompt; the prefill node has freed its own."""
+
+    connection: ConnectionId
+    attempt: AttemptId
+    transfer: KvTransfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGenerated:
+    connection: ConnectionId
+    attempt: AttemptId
+    token: SampledToken
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptFailed:
+    connection: ConnectionId
+    attempt: AttemptId
+    kind: FailureKind
+    message: str
+    peer: NodeId | None = None
+    """For `transfer`: the node at the other end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptReleased:
+    """Answer to a release: the node holds nothing of this attempt."""
+
+    connection: ConnectionId
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSubmitted:
+    spec: RequestSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestEnded:
+    """The client side ends it: it went away, or the gateway saw a stop string."""
+
+    request_id: RequestId
+    reason: Literal["cancelled", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Time went on. Sent at a steady rate, so that no timer depends on other events."""
+
+
+NodeEvent: TypeAlias = HeartbeatReceived | PrefillDone | KvSent | TokenGenerated | AttemptFailed | AttemptReleased
+Event: TypeAlias = NodeJoined | NodeLost | NodeEvent | RequestSubmitted | RequestEnded | Tick

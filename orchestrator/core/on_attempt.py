@@ -1,0 +1,103 @@
+"""What happens when a node reports on an attempt. Reports of fenced attempts only free blocks."""
+
+from dataclasses import replace
+
+from edgellm.orchestrator.core.commands import ReleaseAttempt, StartDecode
+from edgellm.orchestrator.core.events import AttemptFailed, AttemptReleased, KvSent, PrefillDone, TokenGenerated
+from edgellm.orchestrator.core.requests import Decoding, Prefilling, Request
+from edgellm.orchestrator.core.state import ClusterState
+from edgellm.orchestrator.core.values import AttemptId, ConnectionId
+
+
+def prefill_done(state: ClusterState, event: PrefillDone) -> None:
+    request = state.request_of(event.attempt)
+    if request is None or not isinstance(request.phase, Prefilling) or request.phase.prefill != event.connection:
+        return
+    state.nodes.prefill_finished(event.connection, event.attempt)
+    request.progress_s = state.now_s
+    request.prefill_ms = event.prefill_ms
+    if (event.first_token is None) != bool(request.tokens):
+        state.try_elsewhere(request, event.connection, "the prefill node did not send exactly the tokens asked for")
+        return
+    _enter_decoding(state, request, request.phase)
+    if event.first_token is None or not state.accept_token(request, event.first_token):
+        _start_decode(state, request, event.attempt)
+
+
+def _enter_decoding(state: ClusterState, request: Request, phase: Prefilling) -> None:
+    local = phase.prefill == phase.decode
+    request.phase = Decoding(
+        attempt=phase.attempt,
+        decode=phase.decode,
+        kv_source=None if local else phase.prefill,
+        kv_complete=local,
+    )
+    state.note_request(request, "decoding", state.nodes.names(phase.decode))
+
+
+def _start_decode(state: ClusterState, request: Request, attempt: AttemptId) -> None:
+    assert isinstance(request.phase, Decoding)
+    state.out.append(
+        StartDecode(
+            connection=request.phase.decode,
+            attempt=attempt,
+            prompt=request.spec.prompt,
+            generated=tuple(request.tokens),
+            generation=request.spec.generation,
+        )
+    )
+
+
+def kv_sent(state: ClusterState, event: KvSent) -> None:
+    state.let_go(event.connection, event.attempt)
+    request = state.request_of(event.attempt)
+    if request is None or not isinstance(request.phase, Decoding) or request.phase.kv_source != event.connection:
+        return
+    request.kv = event.transfer
+    _note_kv_complete(state, request, request.phase)
+
+
+def _note_kv_complete(state: ClusterState, request: Request, phase: Decoding) -> None:
+    request.progress_s = state.now_s
+    request.phase = replace(phase, kv_complete=True)
+
+
+def token_generated(state: ClusterState, event: TokenGenerated) -> None:
+    if event.token.finish is not None:
+        state.let_go(event.connection, event.attempt)
+    request = state.request_of(event.attempt)
+    if request is None or not isinstance(request.phase, Decoding) or request.phase.decode != event.connection:
+        return
+    expected = len(request.tokens)
+    if event.token.index > expected:
+        why = f"the decode node sent token {event.token.index} where {expected} was due"
+        state.try_elsewhere(request, event.connection, why)
+    elif event.token.index == expected:
+        _note_kv_complete(state, request, request.phase)
+        state.accept_token(request, event.token)
+
+
+def attempt_failed(state: ClusterState, event: AttemptFailed) -> None:
+    request = state.request_of(event.attempt)
+    if request is None or not request.uses(event.connection):
+        _release_one(state, event.connection, event.attempt)
+    elif event.kind == "request":
+        state.finish(request, "error", event.message)
+    else:
+        delay_s = state.config.retry_delay_s * 2**request.attempts
+        state.try_elsewhere(request, _culprit(state, event), event.message, delay_s)
+
+
+def _release_one(state: ClusterState, connection: ConnectionId, attempt: AttemptId) -> None:
+    """A node failed at something that is no longer needed of it: it only has to let go."""
+    if state.nodes.mark_one_released(state.now_s, connection, attempt):
+        state.out.append(ReleaseAttempt(connection=connection, attempt=attempt))
+
+
+def _culprit(state: ClusterState, event: AttemptFailed) -> ConnectionId:
+    peer = state.nodes.named(event.peer) if event.peer is not None else None
+    return event.connection if peer is None else peer.connection
+
+
+def attempt_released(state: ClusterState, event: AttemptReleased) -> None:
+    state.let_go(event.connection, event.attempt)

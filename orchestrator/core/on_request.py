@@ -1,0 +1,66 @@
+"""What happens when a client submits or ends a request, and when time goes on."""
+
+from edgellm.orchestrator.core.admission import impossibility, retry_after_ms, why_waiting
+from edgellm.orchestrator.core.commands import AcceptRequest, RejectRequest
+from edgellm.orchestrator.core.events import RequestEnded, RequestSubmitted
+from edgellm.orchestrator.core.on_node import refresh_suspicion
+from edgellm.orchestrator.core.requests import Queued, Request
+from edgellm.orchestrator.core.state import ClusterState
+from edgellm.orchestrator.core.values import RequestSpec
+
+
+def request_submitted(state: ClusterState, event: RequestSubmitted) -> None:
+    spec, now_s = event.spec, state.now_s
+    rejection = _rejection(state, spec)
+    if rejection is not None:
+        state.out.append(rejection)
+        return
+    phase = Queued(since_s=now_s, not_before_s=now_s)
+    request = Request(spec=spec, arrival_s=now_s, phase=phase, progress_s=now_s)
+    state.requests[spec.request_id] = request
+    state.out.append(AcceptRequest(request_id=spec.request_id))
+    state.note_request(request, "queued", f"{len(spec.prompt)} prompt tokens")
+
+
+def _rejection(state: ClusterState, spec: RequestSpec) -> RejectRequest | None:
+    request_id = spec.request_id
+    if request_id in state.requests:
+        message = f"request id {request_id!r} is in use: choose another, or leave it empty"
+        return RejectRequest(request_id=request_id, kind="duplicate", message=message)
+    impossible = impossibility(state.config, state.nodes, spec)
+    if impossible is not None:
+        return RejectRequest(request_id=request_id, kind="impossible", message=impossible)
+    waiting = state.waiting()
+    if len(waiting) < state.config.max_waiting:
+        return None
+    return RejectRequest(
+        request_id=request_id,
+        kind="overloaded",
+        message=f"{len(waiting)} requests are waiting, which is the limit: try again later",
+        retry_after_ms=retry_after_ms(state.nodes, waiting),
+    )
+
+
+def request_ended(state: ClusterState, event: RequestEnded) -> None:
+    request = state.requests.get(event.request_id)
+    if request is not None:
+        state.finish(request, event.reason, "")
+
+
+def tick(state: ClusterState) -> None:
+    for node, reason in state.nodes.overdue(state.now_s):
+        state.give_up_node(node, reason)
+    refresh_suspicion(state)
+    for request in list(state.requests.values()):
+        _check_bounds(state, request)
+
+
+def _check_bounds(state: ClusterState, request: Request) -> None:
+    config, now_s, deadline_s = state.config, state.now_s, request.spec.deadline_s
+    if deadline_s is not None and now_s >= deadline_s:
+        state.finish(request, "deadline", f"not finished within {1000 * (deadline_s - request.arrival_s):.0f} ms")
+    elif isinstance(request.phase, Queued):
+        if now_s - request.phase.since_s > config.placement_timeout_s:
+            state.finish(request, "error", why_waiting(config, state.nodes, request))
+    elif now_s - request.progress_s > config.attempt_timeout_s:
+        state.try_elsewhere(request, None, f"no progress for {config.attempt_timeout_s:.0f} s")

@@ -1,0 +1,70 @@
+"""What a scheduling policy sees and answers: values in, values out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgellm.orchestrator.core.values import ConnectionId, NodeId, PrefillPath, RequestId, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingRequest:
+    """A request that no node works on."""
+
+    request_id: RequestId
+    arrival_s: float
+    deadline_s: float | None
+    prompt_tokens: int
+    generated_tokens: int
+    """Tokens the client already has: more than 0 after a device died under the request."""
+    prompt_blocks: int
+    total_blocks: int
+    """KV blocks of prompt and longest answer."""
+    allow_degraded: bool
+    avoid: frozenset[ConnectionId]
+    """Nodes on which this request failed before: used only if nothing else is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeView:
+    """A ready node and what is free on it."""
+
+    connection: ConnectionId
+    node_id: NodeId
+    role: Role
+    host_id: str
+    free_blocks: int
+    free_sequences: int
+    """Requests that may still be added to it."""
+    prefill_tokens: int
+    """Prompt tokens given to it and not finished."""
+    running: int
+    """Requests that hold blocks on it."""
+    can_prefill: bool
+    """Has the half-precision engine."""
+    can_decode: bool
+    kv_bytes_per_token: int
+    prefill_tokens_per_s: float
+    """Measured, or 0."""
+    decode_step_ms: float
+    """Measured, or 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a request goes. `prefill` is `decode` but for the remote path."""
+
+    request_id: RequestId
+    prefill: ConnectionId
+    decode: ConnectionId
+    path: PrefillPath
+
+
+class Policy(Protocol):
+    """Decides which waiting requests start where. Must not keep state that the arguments do not carry."""
+
+    name: str
+
+    def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
+        """Placements that fit together: summed over them, no node gets more blocks or sequences than it has free."""
+        ...

@@ -1,0 +1,111 @@
+"""The state all event functions share, and the steps they have in common."""
+
+from typing import Literal
+
+from edgellm.orchestrator.core.commands import (
+    Command,
+    DropNode,
+    EmitToken,
+    FinishRequest,
+    NoteNode,
+    NoteRequest,
+    ReleaseAttempt,
+)
+from edgellm.orchestrator.core.config import CoreConfig
+from edgellm.orchestrator.core.nodes import Node, NodeRegistry
+from edgellm.orchestrator.core.requests import Queued, Request
+from edgellm.orchestrator.core.values import AttemptId, ConnectionId, FinishReason, RequestId, SampledToken
+
+
+class ClusterState:
+    """Nodes, requests, the time of the event under way, and the commands it has caused so far."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self.nodes = NodeRegistry(config)
+        self.requests: dict[RequestId, Request] = {}
+        self.finished_count = 0
+        self.now_s = 0.0
+        self.out: list[Command] = []
+        self._epoch = 0
+
+    def next_attempt(self, request_id: RequestId) -> AttemptId:
+        self._epoch += 1
+        return AttemptId(request_id=request_id, epoch=self._epoch)
+
+    def waiting(self) -> list[Request]:
+        return [request for request in self.requests.values() if isinstance(request.phase, Queued)]
+
+    def request_of(self, attempt: AttemptId) -> Request | None:
+        """The request, if this attempt is the one under way."""
+        request = self.requests.get(attempt.request_id)
+        return request if request is not None and request.working(attempt) is not None else None
+
+    def let_go(self, connection: ConnectionId, attempt: AttemptId) -> None:
+        """The node is known to hold nothing of the attempt any more."""
+        node = self.nodes.get(connection)
+        if node is not None:
+            node.leases.pop(attempt, None)
+
+    def release(self, request: Request) -> None:
+        """Tell every node that may hold something of the attempt under way to forget it."""
+        if isinstance(request.phase, Queued):
+            return
+        attempt = request.phase.attempt
+        for node in self.nodes.mark_released(self.now_s, attempt):
+            self.out.append(ReleaseAttempt(connection=node.connection, attempt=attempt))
+
+    def accept_token(self, request: Request, token: SampledToken) -> bool:
+        """Pass the next token on; returns whether it ended the request."""
+        request.add_token(self.now_s, token)
+        self.out.append(EmitToken(request_id=request.id, token=token))
+        full = len(request.tokens) >= request.spec.generation.max_tokens
+        reason = token.finish or ("length" if full else None)
+        if reason is None:
+            return False
+        self.finish(request, reason, "")
+        return True
+
+    def finish(self, request: Request, reason: FinishReason, message: str) -> None:
+        self.release(request)
+        stats = request.stats(self.now_s)
+        self.note_request(request, "finished", f"{reason}, {stats.generated_tokens} tokens {message}".rstrip())
+        del self.requests[request.id]
+        self.finished_count += 1
+        self.out.append(FinishRequest(request_id=request.id, reason=reason, message=message, stats=stats))
+
+    def try_elsewhere(self, request: Request, avoid: ConnectionId | None, why: str, delay_s: float = 0.0) -> None:
+        """Fence the attempt and queue the request again: whatever still comes from the attempt is ignored."""
+        self.release(request)
+        request.interrupt(self.now_s)
+        if avoid is not None:
+            request.avoid.add(avoid)
+        if request.attempts >= self.config.max_attempts:
+            self.finish(request, "error", f"gave up after {request.attempts} attempts: {why}")
+            return
+        self.note_request(request, "queued", why)
+        request.phase = Queued(since_s=self.now_s, not_before_s=self.now_s + delay_s)
+
+    def give_up_node(self, node: Node, reason: str) -> None:
+        """Fence off a node whose stream is still there."""
+        self.out.append(DropNode(connection=node.connection, reason=reason))
+        self.bury_node(node, reason)
+
+    def bury_node(self, node: Node, reason: str) -> None:
+        """Its process is gone: what it worked on starts again elsewhere."""
+        self.nodes.bury(node)
+        self.note_node(node, reason)
+        for request in list(self.requests.values()):
+            if request.uses(node.connection):
+                self.try_elsewhere(request, node.connection, f"node {node.profile.node_id} died: {reason}")
+
+    def note_request(
+        self, request: Request, state: Literal["queued", "prefilling", "decoding", "finished"], detail: str
+    ) -> None:
+        self.out.append(NoteRequest(request_id=request.id, epoch=request.epoch, state=state, detail=detail))
+
+    def note_node(self, node: Node, detail: str) -> None:
+        profile = node.profile
+        self.out.append(
+            NoteNode(node_id=profile.node_id, incarnation=node.incarnation, state=node.state, detail=detail)
+        )

@@ -1,0 +1,45 @@
+"""What a path to the first decoded token costs in seconds, from measured speeds and the link."""
+
+from dataclasses import dataclass
+
+from edgellm.jetson.profiles import GIGABIT_ETHERNET_GB_S, LOOPBACK_GB_S
+from edgellm.orchestrator.core.policy import NodeView, WaitingRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Prompt reading is linear in tokens; KV is sent while the prompt is read, but for its last chunk."""
+
+    unmeasured_prefill_tokens_per_s: float = 500.0
+    """Until a node has reported its speed."""
+    same_host_bytes_per_s: float = 1e9 * LOOPBACK_GB_S
+    network_bytes_per_s: float = 1e9 * GIGABIT_ETHERNET_GB_S
+    network_latency_s: float = 0.0004
+    chunk_tokens: int = 128
+    interference: float = 1.0
+    """Cost of stalling one running answer for a second by reading a prompt beside it."""
+
+    def read_s(self, node: NodeView, tokens: int) -> float:
+        """Time to read `tokens` prompt tokens on an idle node."""
+        return tokens / (node.prefill_tokens_per_s or self.unmeasured_prefill_tokens_per_s)
+
+    def send_s(self, prefill: NodeView, decode: NodeView, tokens: int) -> float:
+        """Time that the KV of `tokens` tokens is on the link."""
+        same_host = prefill.host_id == decode.host_id
+        speed = self.same_host_bytes_per_s if same_host else self.network_bytes_per_s
+        return 2 * self.network_latency_s + tokens * prefill.kv_bytes_per_token / speed
+
+    def remote_s(self, request: WaitingRequest, prefill: NodeView, decode: NodeView) -> float:
+        """Queue and prompt on the prefill node, then what sending did not hide behind reading."""
+        read_s = self.read_s(prefill, request.prompt_tokens)
+        last_chunk = min(request.prompt_tokens, self.chunk_tokens)
+        hidden_s = read_s * (1 - last_chunk / request.prompt_tokens)
+        exposed_s = max(
+            self.send_s(prefill, decode, request.prompt_tokens) - hidden_s, self.send_s(prefill, decode, last_chunk)
+        )
+        return self.read_s(prefill, prefill.prefill_tokens) + read_s + exposed_s
+
+    def local_s(self, request: WaitingRequest, decode: NodeView) -> float:
+        """Prompt on the decode node, which holds up the answers that run there."""
+        tokens = decode.prefill_tokens + request.prompt_tokens
+        return self.read_s(decode, tokens) * (1 + self.interference * decode.running)

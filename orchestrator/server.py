@@ -1,0 +1,121 @@
+"""One process's worth of orchestrator: core, driver, and the gRPC server with all its services."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from edgellm.orchestrator.bundle import ServedBundle
+from edgellm.orchestrator.cluster_server import ClusterServicer
+from edgellm.orchestrator.core.config import CoreConfig
+from edgellm.orchestrator.core.core import Core
+from edgellm.orchestrator.core.policy import Policy
+from edgellm.orchestrator.driver import Driver
+from edgellm.orchestrator.gateway import InferenceServicer
+from edgellm.orchestrator.metrics import Metrics
+from edgellm.orchestrator.tokenizer import load_tokenizer
+from edgellm.orchestrator.validation import RequestReader
+from edgellm.runtime.rpc import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+STOP_GRACE_S = 0.5
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
+
+SetStatus = Callable[[str, "health_pb2.HealthCheckResponse.ServingStatus.ValueType"], Awaitable[None]]
+
+
+class ListenError(RuntimeError):
+    """The address cannot be listened on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orchestrator:
+    """A running orchestrator."""
+
+    driver: Driver
+    address: str
+    """Where it listens, with the port the system chose where 0 was asked for."""
+
+
+def core_config(bundle: ServedBundle) -> CoreConfig:
+    """The facts of a bundle with the default bounds."""
+    return CoreConfig(
+        bundle_sha256=bundle.sha256,
+        kv_contract_sha256=bundle.index.kv.sha256,
+        num_layers=bundle.index.model.num_layers,
+        block_tokens=bundle.index.kv.block_tokens,
+    )
+
+
+@contextlib.asynccontextmanager
+async def run_orchestrator(
+    bundle: ServedBundle, config: CoreConfig, policy: Policy, listen: str
+) -> AsyncIterator[Orchestrator]:
+    """Serve until the block is left. Raises ListenError if `listen` is taken, BundleError for a broken tokenizer."""
+    driver = Driver(Core(config, policy), Metrics(), time.monotonic)
+    reader = RequestReader(
+        model=bundle.index.model,
+        tokenizer=load_tokenizer(bundle.folder / "tokenizer"),
+        new_request_id=lambda: uuid.uuid4().hex,
+        new_seed=lambda: secrets.randbits(63),
+    )
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    cluster_pb2_grpc.add_ClusterServicer_to_server(ClusterServicer(driver), server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(driver, bundle, reader), server)
+    set_status = _add_health_and_reflection(server)
+    address = _listen(server, listen)
+    await server.start()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            owned = [tasks.create_task(driver.run_ticks()), tasks.create_task(_report_health(driver, set_status))]
+            yield Orchestrator(driver=driver, address=address)
+            for task in owned:
+                task.cancel()
+    finally:
+        await server.stop(STOP_GRACE_S)
+
+
+def _add_health_and_reflection(server: grpc.aio.Server) -> SetStatus:
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    names = (INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    set_status: SetStatus = servicer.set
+    return set_status
+
+
+def _listen(server: grpc.aio.Server, listen: str) -> str:
+    host = listen.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ListenError(f"cannot listen on {listen}: is the port in use? Choose another with --listen") from error
+    return f"{host}:{port}"
+
+
+async def _report_health(driver: Driver, set_status: SetStatus) -> None:
+    """SERVING while a prompt can be read and answered at full quality."""
+    while True:
+        changed = driver.changed
+        serving = can_serve(driver)
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", INFERENCE):
+            await set_status(service, status)
+        await changed.wait()
+
+
+def can_serve(driver: Driver) -> bool:
+    """Whether a half-precision prefill engine and a decode engine are ready."""
+    state = driver.core.state
+    layers = state.config.num_layers
+    ready = state.nodes.ready()
+    decodes = any(node.profile.role == "decode" and node.can("decode", layers) for node in ready)
+    return decodes and any(node.can("prefill", layers) for node in ready)
