@@ -5,7 +5,7 @@ from typing import Any
 
 
 def load_causal_lm(folder: Path, **options: Any) -> Any:
-    """The model of a local folder in float32 and eval mode. Its progress bars are off: the caller draws the only ones."""
+    """The model of a local folder in float32 and eval mode, loaded without progress bars: the caller draws its own."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
