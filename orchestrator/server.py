@@ -45,6 +45,11 @@ class Orchestrator:
     """Where it listens, with the port the system chose where 0 was asked for."""
 
 
+EPOCH_ZERO_UNIX_S = 1_767_225_600
+EPOCHS_PER_S = 16
+"""A restarted orchestrator's epochs lie above those before, if attempts started no faster than this on average."""
+
+
 def core_config(bundle: ServedBundle) -> CoreConfig:
     """The facts of a bundle with the default bounds."""
     return CoreConfig(
@@ -52,6 +57,7 @@ def core_config(bundle: ServedBundle) -> CoreConfig:
         kv_contract_sha256=bundle.index.kv.sha256,
         num_layers=bundle.index.model.num_layers,
         block_tokens=bundle.index.kv.block_tokens,
+        first_epoch=int(EPOCHS_PER_S * (time.time() - EPOCH_ZERO_UNIX_S)),
     )
 
 

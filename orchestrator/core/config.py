@@ -15,6 +15,8 @@ class CoreConfig:
     kv_contract_sha256: str
     num_layers: int
     block_tokens: int
+    first_epoch: int = 0
+    """Epochs count on from here. Nodes remember epochs, so a restarted orchestrator must begin above the one before."""
     heartbeat_interval_s: float = 0.1
     suspect_after_s: float = 0.3
     """Silence after which a node gets no new work."""

@@ -27,7 +27,7 @@ class ClusterState:
         self.finished_count = 0
         self.now_s = 0.0
         self.out: list[Command] = []
-        self._epoch = 0
+        self._epoch = config.first_epoch
 
     def next_attempt(self, request_id: RequestId) -> AttemptId:
         self._epoch += 1

@@ -1,0 +1,178 @@
+"""edgellm generate and edgellm chat: one answer, or a conversation, streamed to the terminal."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import msgspec
+from google.protobuf.json_format import MessageToDict
+
+from edgellm.orchestrator.client import ClientError, connect, events
+from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
+
+_PATHS = {
+    inference_pb2.PREFILL_PATH_UNSPECIFIED: "none",
+    inference_pb2.PREFILL_PATH_REMOTE: "remote, half precision",
+    inference_pb2.PREFILL_PATH_LOCAL: "local, half precision",
+    inference_pb2.PREFILL_PATH_DEGRADED: "degraded, by the decode engine",
+}
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """One finished answer."""
+
+    accepted: inference_pb2.Accepted
+    text: str
+    tokens: list[inference_pb2.Token]
+    finished: inference_pb2.Finished
+
+
+def add_generate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-tokens", type=int, default=256, help="0: up to the end of the context (%(default)s)")
+    command.add_argument("--temperature", type=float, help="0: greedy, the default")
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float)
+    command.add_argument("--min-p", type=float)
+    command.add_argument("--repetition-penalty", type=float)
+    command.add_argument("--seed", type=int)
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    command.add_argument("--ignore-eos", action="store_true")
+    command.add_argument("--deadline-ms", type=int, default=0)
+    command.add_argument("--allow-degraded-prefill", action="store_true")
+    command.add_argument("--model", default="")
+    command.add_argument("--stats", action="store_true", help="print times and how the KV travelled")
+
+
+def generate(args: argparse.Namespace) -> int:
+    prompt = _utf8(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    request = _request(args, [("user", prompt)])
+    if args.raw:
+        request.text = prompt
+    with connect(args.server) as stub:
+        answer = _stream(stub, request, show=not args.json)
+    if args.json:
+        print(msgspec.json.encode(_as_dict(answer)).decode())
+    elif args.stats:
+        _print_stats(answer)
+    return _check(answer.finished)
+
+
+def chat(args: argparse.Namespace) -> int:
+    messages: list[tuple[str, str]] = []
+    with connect(args.server) as stub:
+        while question := _ask():
+            messages.append(("user", question))
+            answer = _stream(stub, _request(args, messages), show=True)
+            messages.append(("assistant", answer.text))
+            if args.stats:
+                _print_stats(answer)
+            _check(answer.finished)
+    return 0
+
+
+def _ask() -> str:
+    try:
+        return _utf8(input("> ").strip())
+    except EOFError:
+        return ""
+
+
+def _request(args: argparse.Namespace, messages: Sequence[tuple[str, str]]) -> inference_pb2.GenerateRequest:
+    chat = inference_pb2.Chat(
+        messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in messages]
+    )
+    try:
+        return inference_pb2.GenerateRequest(
+            model=args.model,
+            chat=chat,
+            sampling=_sampling(args),
+            max_tokens=args.max_tokens,
+            stop=[_utf8(stop) for stop in args.stop],
+            ignore_eos=args.ignore_eos,
+            deadline_ms=args.deadline_ms,
+            allow_degraded_prefill=args.allow_degraded_prefill,
+        )
+    except ValueError as error:
+        raise ClientError(f"a number is out of range: {error}") from error
+
+
+def _sampling(args: argparse.Namespace) -> inference_pb2.SamplingParams:
+    return inference_pb2.SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+def _utf8(text: str) -> str:
+    """Raises ClientError for text that was not UTF-8 on the command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ClientError(f"the text is not valid UTF-8 at character {error.start}") from error
+    return text
+
+
+def _stream(stub: inference_pb2_grpc.InferenceStub, request: inference_pb2.GenerateRequest, *, show: bool) -> Answer:
+    accepted, tokens, pieces = inference_pb2.Accepted(), list[inference_pb2.Token](), list[str]()
+    finished = inference_pb2.Finished()
+    for event in events(stub, request):
+        match event:
+            case inference_pb2.Accepted():
+                accepted = event
+            case inference_pb2.Token():
+                tokens.append(event)
+                pieces.append(event.text)
+            case inference_pb2.Finished():
+                finished = event
+                pieces.append(event.text)
+        if show and pieces:
+            print(pieces[-1], end="", flush=True)
+    if show:
+        print()
+    return Answer(accepted=accepted, text="".join(pieces), tokens=tokens, finished=finished)
+
+
+def _check(finished: inference_pb2.Finished) -> int:
+    """Raises ClientError for an answer that did not come to its end."""
+    if finished.reason in (inference_pb2.FINISH_REASON_ERROR, inference_pb2.FINISH_REASON_DEADLINE):
+        raise ClientError(f"the answer is incomplete: {finished.message}")
+    if finished.reason == inference_pb2.FINISH_REASON_CANCELLED:
+        raise ClientError("the answer is incomplete: it was cancelled")
+    return 0
+
+
+def _as_dict(answer: Answer) -> dict[str, object]:
+    finished = MessageToDict(
+        answer.finished, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return {
+        **finished,
+        "request_id": answer.accepted.request_id,
+        "seed": answer.accepted.seed,
+        "text": answer.text,
+        "token_ids": [token.token_id for token in answer.tokens],
+    }
+
+
+def _print_stats(answer: Answer) -> None:
+    finished = answer.finished
+    timing, kv = finished.timing, finished.kv
+    sent = "kept on the node, nothing sent"
+    if kv.transport:
+        sent = (
+            f"{kv.transport}, {kv.codec}, {kv.chunks} chunks, {kv.bytes} bytes, "
+            f"{kv.hidden_ms:.1f} ms hidden, {kv.exposed_ms:.1f} ms exposed"
+        )
+    lines = (
+        f"tokens    {finished.prompt_tokens} prompt, {finished.generated_tokens} generated",
+        f"TTFT      {timing.ttft_ms:.1f} ms (queue {timing.queue_ms:.1f}, prefill {timing.prefill_ms:.1f})",
+        f"TPOT      {timing.tpot_ms:.1f} ms, total {timing.total_ms:.1f} ms",
+        f"prefill   {_PATHS[finished.prefill_path]}",
+        f"KV        {sent}",
+        f"takeovers {finished.takeovers}",
+    )
+    print("\n".join(lines), file=sys.stderr)

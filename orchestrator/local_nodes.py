@@ -1,0 +1,96 @@
+"""Starts a bundle's planned nodes as processes of this machine, and keeps them alive."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from asyncio.subprocess import Process
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm.orchestrator.bundle import Plan
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 5.0
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 10.0
+STEADY_S = 30.0
+"""A node that ran for so long starts again without delay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalNode:
+    """One planned node, named like its device."""
+
+    node_id: str
+    engine: str
+
+
+def planned_nodes(plan: Plan) -> list[LocalNode]:
+    """One node per placement. Several placements on one device are told apart by their engine."""
+    devices = [placement.device for placement in plan.placements]
+    return [
+        LocalNode(
+            node_id=p.device if devices.count(p.device) == 1 else f"{p.device}.{p.engine}",
+            engine=p.engine,
+        )
+        for p in plan.placements
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLauncher:
+    """Runs nodes until it is cancelled."""
+
+    orchestrator: str
+    bundle: Path
+    options: tuple[str, ...] = ()
+    """Passed on to every node."""
+
+    async def keep_running(self, node: LocalNode) -> None:
+        """Start the node, and again after it ended, with growing pauses. When cancelled, stop it."""
+        loop = asyncio.get_running_loop()
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            started_s = loop.time()
+            code = await self._run_once(node)
+            backoff_s = FIRST_BACKOFF_S if loop.time() - started_s > STEADY_S else min(2 * backoff_s, LONGEST_BACKOFF_S)
+            logger.warning("node=%s exited code=%d restart_in_s=%.1f", node.node_id, code, backoff_s)
+            await asyncio.sleep(backoff_s)
+
+    async def _run_once(self, node: LocalNode) -> int:
+        process = await asyncio.create_subprocess_exec(*self._command(node))
+        logger.info("node=%s started pid=%d engine=%s", node.node_id, process.pid, node.engine)
+        try:
+            return await process.wait()
+        finally:
+            await _stop(process)
+
+    def _command(self, node: LocalNode) -> list[str]:
+        return [
+            sys.executable,
+            "-m",
+            "edgellm.runtime.cli",
+            *("--orchestrator", self.orchestrator),
+            *("--bundle", str(self.bundle)),
+            *("--engine", node.engine),
+            *("--node-id", node.node_id),
+            "--exit-with-parent",
+            *self.options,
+        ]
+
+
+async def _stop(process: Process) -> None:
+    """Ask it to stop, then make it."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

@@ -1,0 +1,139 @@
+"""edgellm-serve: the orchestrator of one bundle and, unless told otherwise, its nodes on this machine."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from prometheus_client import start_http_server
+
+from edgellm.orchestrator.bundle import BundleError, ServedBundle, open_bundle
+from edgellm.orchestrator.local_nodes import LocalNode, NodeLauncher, planned_nodes
+from edgellm.orchestrator.policies import POLICIES
+from edgellm.orchestrator.server import ListenError, Orchestrator, can_serve, core_config, run_orchestrator
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Options of edgellm-serve."""
+
+    bundle: Path
+    listen: str = "127.0.0.1:50051"
+    local_nodes: bool = True
+    threads: int | None = None
+    """Of each local node; None: its own default."""
+    policy: str = "dual_pool"
+    metrics_port: int | None = None
+    ready_file: Path | None = None
+    verbose: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = _parse(argv)
+    logging.basicConfig(
+        level=logging.INFO if config.verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        asyncio.run(_serve(config))
+    except (BundleError, ListenError) as error:
+        print(f"edgellm-serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> ServeConfig:
+    parser = argparse.ArgumentParser(prog="edgellm-serve", description="Serve a bundle over gRPC.")
+    parser.add_argument("--bundle", type=Path, required=True, help="folder made by edgellm-build")
+    parser.add_argument("--listen", default=ServeConfig.listen, help="host:port; port 0 takes a free one (%(default)s)")
+    parser.add_argument(
+        "--no-local-nodes",
+        dest="local_nodes",
+        action="store_false",
+        help="start no nodes here: wait for edgellm-node processes to join",
+    )
+    parser.add_argument("--threads", type=int, help="threads of each local node")
+    parser.add_argument("--policy", choices=sorted(POLICIES), default=ServeConfig.policy)
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port")
+    parser.add_argument("--ready-file", type=Path, help="written as JSON once requests can be served")
+    parser.add_argument("--verbose", action="store_true", help="log every state change")
+    return ServeConfig(**vars(parser.parse_args(argv)))
+
+
+async def _serve(config: ServeConfig) -> None:
+    bundle = open_bundle(config.bundle)
+    stop = _stop_on_signals()
+    async with run_orchestrator(bundle, core_config(bundle), POLICIES[config.policy](), config.listen) as running:
+        _start_metrics(config, running)
+        nodes = planned_nodes(bundle.index.plan) if config.local_nodes else []
+        async with asyncio.TaskGroup() as tasks:
+            owned = [tasks.create_task(task) for task in _node_tasks(config, running, nodes)]
+            owned.append(tasks.create_task(_announce(config, bundle, running, nodes)))
+            await stop.wait()
+            for task in owned:
+                task.cancel()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _start_metrics(config: ServeConfig, running: Orchestrator) -> None:
+    if config.metrics_port is None:
+        return
+    try:
+        start_http_server(config.metrics_port, registry=running.driver.metrics.registry)
+    except OSError as error:
+        raise ListenError(f"cannot serve metrics on port {config.metrics_port}: {error.strerror}") from error
+
+
+def _node_tasks(
+    config: ServeConfig, running: Orchestrator, nodes: Sequence[LocalNode]
+) -> list[Coroutine[object, object, None]]:
+    options = () if config.threads is None else ("--threads", str(config.threads))
+    launcher = NodeLauncher(orchestrator=running.address, bundle=config.bundle, options=options)
+    return [launcher.keep_running(node) for node in nodes]
+
+
+async def _announce(
+    config: ServeConfig, bundle: ServedBundle, running: Orchestrator, nodes: Sequence[LocalNode]
+) -> None:
+    """One line when requests can be served: with local nodes, as soon as all of them are there."""
+    model = bundle.index.model.id
+    if not nodes:
+        print(f"{model} on {running.address}, waiting for nodes to join", flush=True)
+    await _wait_for_nodes(running, {node.node_id for node in nodes})
+    ready = [f"{node.profile.node_id} ({node.profile.role})" for node in running.driver.core.state.nodes.ready()]
+    print(f"serving {model} on {running.address} with {', '.join(ready)}", flush=True)
+    if config.ready_file is not None:
+        _write_ready_file(config.ready_file, running.address)
+
+
+async def _wait_for_nodes(running: Orchestrator, wanted: set[str]) -> None:
+    while True:
+        changed = running.driver.changed
+        here = {node.profile.node_id for node in running.driver.core.state.nodes.ready()}
+        if wanted <= here and can_serve(running.driver):
+            return
+        await changed.wait()
+
+
+def _write_ready_file(path: Path, address: str) -> None:
+    """Appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(msgspec.json.encode({"address": address, "pid": os.getpid()}))
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
