@@ -1,0 +1,123 @@
+#include "executor.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace edgellm {
+
+namespace {
+
+constexpr std::int64_t kMinimumRowWork = 16384;  // floats: less is not worth another thread
+constexpr std::int64_t kChunkPanels = 4;
+constexpr std::int64_t kMinimumLinearWork = 1 << 17;  // multiply-adds per chunk
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Executor::Executor(std::string_view isa, int threads, Limits limits, KvMemory kv)
+    : kernels_(kernels_of(isa)), kv_(kv), threads_(threads) {
+  positions_.resize(limits.max_rows);
+  blocks_.resize(limits.max_rows);
+  tasks_.reserve(limits.max_rows + limits.max_sequences);
+  scratch_.assign(threads, std::vector<float>(attend_scratch_floats(kv.head_dim)));
+}
+
+KvLayer Executor::kv_layer(std::int64_t layer) const {
+  return {kv_.data + layer * kv_.num_blocks * kv_.block_bytes, kv_.block_bytes, kv_.kv_heads, kv_.head_dim};
+}
+
+void Executor::run(const BatchView& batch) {
+  place(batch);
+  rows_ = batch.rows;
+  for (const Op& op : ops_) {
+    std::visit([&](const auto& alternative) { run_op(alternative, batch); }, op);
+  }
+}
+
+void Executor::place(const BatchView& batch) {
+  tasks_.clear();
+  for (std::int64_t sequence = 0; sequence < batch.sequences; ++sequence) {
+    const std::int32_t* table = batch.block_tables + sequence * batch.table_width;
+    for (std::int32_t row = batch.row_starts[sequence]; row < batch.row_starts[sequence + 1]; ++row) {
+      positions_[row] = batch.first_positions[sequence] + row - batch.row_starts[sequence];
+      blocks_[row] = table[positions_[row] / kBlockTokens];
+    }
+    split_into_tasks(batch, sequence);
+  }
+}
+
+void Executor::split_into_tasks(const BatchView& batch, std::int64_t sequence) {
+  const std::int32_t end = batch.row_starts[sequence + 1];
+  const std::int64_t task_rows = kAttendVectors / kv_.group;
+  for (std::int32_t row = batch.row_starts[sequence]; row < end;) {
+    const auto rows = static_cast<std::int32_t>(std::min<std::int64_t>(end - row, task_rows));
+    tasks_.push_back({row, rows, positions_[row], batch.block_tables + sequence * batch.table_width});
+    row += rows;
+  }
+}
+
+// body(thread, begin, end) over [0, units) in chunks of `chunk`.
+template <class Body>
+void Executor::split(std::int64_t units, std::int64_t chunk, const Body& body) {
+  threads_.run(ceil_div(units, chunk), [&](int thread, std::int64_t index) {
+    body(thread, index * chunk, std::min(units, (index + 1) * chunk));
+  });
+}
+
+void Executor::run_op(const InputOp& op, const BatchView& batch) {
+  for (std::int64_t row = 0; row < rows_; ++row) {
+    std::memcpy(op.out.data + row * op.out.stride, batch.hidden + row * op.size, op.size * sizeof(float));
+  }
+}
+
+void Executor::run_op(const EmbedOp& op, const BatchView& batch) {
+  EmbedArgs args = op.args;
+  args.tokens = batch.tokens;
+  const std::int64_t chunk = std::max<std::int64_t>(1, kMinimumRowWork / args.channels);
+  split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
+}
+
+template <class Args>
+void Executor::run_op(const RowOp<Args>& op, const BatchView&) {
+  const std::int64_t chunk = std::max<std::int64_t>(1, kMinimumRowWork / op.row_work);
+  split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(op.args, begin, end); });
+}
+
+void Executor::run_op(const LinearOp& op, const BatchView&) {
+  LinearArgs args = op.args;
+  args.rows = rows_;
+  const std::int64_t panels = ceil_div(args.columns, kPanelColumns);
+  const std::int64_t panel_work = std::max<std::int64_t>(1, rows_ * args.channels * kPanelColumns);
+  const std::int64_t by_work = ceil_div(kMinimumLinearWork, panel_work);
+  const std::int64_t by_threads = ceil_div(panels, threads_.threads() * 8);
+  const std::int64_t chunk = ceil_div(std::max(by_work, by_threads), kChunkPanels) * kChunkPanels;
+  split(panels, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
+}
+
+void Executor::run_op(const StoreKvOp& op, const BatchView&) {
+  StoreKvArgs args = op.args;
+  args.at = {positions_.data(), blocks_.data()};
+  const std::int64_t row_work = (args.num_heads + 2 * args.kv.kv_heads) * args.kv.head_dim;
+  const std::int64_t chunk = std::max<std::int64_t>(1, kMinimumRowWork / row_work);
+  split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
+}
+
+void Executor::run_op(const AttendOp& op, const BatchView&) {
+  AttendArgs args = op.args;
+  args.tasks = tasks_.data();
+  const auto units = static_cast<std::int64_t>(tasks_.size()) * args.kv.kv_heads;
+  split(units, 1, [&](int thread, std::int64_t begin, std::int64_t end) {
+    op.kernel(args, begin, end, scratch_[thread].data());
+  });
+}
+
+void Executor::run_op(const SelectOp& op, const BatchView& batch) {
+  for (std::int64_t i = 0; i < batch.selected; ++i) {
+    const float* x = op.x.data + batch.logit_rows[i] * op.x.stride;
+    std::memcpy(op.out.data + i * op.out.stride, x, op.size * sizeof(float));
+  }
+  rows_ = batch.selected;
+}
+
+}  // namespace edgellm

@@ -1,0 +1,112 @@
+// Runs a plan: a list of kernels whose arguments were resolved to memory when they were added.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "isa.hpp"
+#include "thread_pool.hpp"
+
+namespace edgellm {
+
+// The paged cache of the engine's layers: bytes [layers, num_blocks, block_bytes].
+struct KvMemory {
+  std::uint8_t* data;
+  std::int64_t num_blocks, block_bytes, kv_heads, head_dim;
+  std::int64_t group;  // query heads per KV head, at most kAttendVectors
+};
+
+struct Limits {
+  std::int64_t max_rows, max_sequences;
+};
+
+// One step's batch, as views that must stay valid during `run`; see Batch in engines/base.py.
+struct BatchView {
+  std::int64_t rows, sequences, selected;
+  const std::int32_t* tokens;           // [rows], or null on a later stage
+  const float* hidden;                  // [rows, hidden_size], or null on a first stage
+  const std::int32_t* row_starts;       // [sequences + 1]
+  const std::int32_t* first_positions;  // [sequences]
+  const std::int32_t* block_tables;     // [sequences, table_width]
+  std::int64_t table_width;
+  const std::int32_t* logit_rows;  // [selected]
+};
+
+template <class Args>
+struct RowOp {
+  Kernel<Args> kernel;
+  Args args;
+  std::int64_t row_work;  // rough cost of a row in floats touched
+};
+struct InputOp {
+  Rows out;
+  std::int64_t size;
+};
+struct EmbedOp {
+  Kernel<EmbedArgs> kernel;
+  EmbedArgs args;
+};
+struct LinearOp {
+  Kernel<LinearArgs> kernel;
+  LinearArgs args;
+};
+struct StoreKvOp {
+  Kernel<StoreKvArgs> kernel;
+  StoreKvArgs args;
+};
+struct AttendOp {
+  AttendKernel kernel;
+  AttendArgs args;
+};
+// out[i] = x[logit_rows[i]]; from here on the step has `selected` rows.
+struct SelectOp {
+  Rows x, out;
+  std::int64_t size;
+};
+
+using Op = std::variant<InputOp, EmbedOp, RowOp<NormArgs>, RowOp<PrepareArgs>, LinearOp, StoreKvOp, AttendOp,
+                        RowOp<ActivateArgs>, RowOp<AddArgs>, SelectOp>;
+
+class Executor {
+ public:
+  Executor(std::string_view isa, int threads, Limits limits, KvMemory kv);
+
+  const KernelTable& kernels() const { return kernels_; }
+  KvLayer kv_layer(std::int64_t layer) const;
+  void add(Op op) { ops_.push_back(op); }
+
+  // Runs all ops in order. Allocates nothing. The batch must have been validated.
+  void run(const BatchView& batch);
+
+ private:
+  void place(const BatchView& batch);
+  void split_into_tasks(const BatchView& batch, std::int64_t sequence);
+  template <class Body>
+  void split(std::int64_t units, std::int64_t chunk, const Body& body);
+
+  void run_op(const InputOp& op, const BatchView& batch);
+  void run_op(const EmbedOp& op, const BatchView& batch);
+  template <class Args>
+  void run_op(const RowOp<Args>& op, const BatchView& batch);
+  void run_op(const LinearOp& op, const BatchView& batch);
+  void run_op(const StoreKvOp& op, const BatchView& batch);
+  void run_op(const AttendOp& op, const BatchView& batch);
+  void run_op(const SelectOp& op, const BatchView& batch);
+
+  const KernelTable& kernels_;
+  KvMemory kv_;
+  ThreadPool threads_;
+  std::vector<Op> ops_;
+
+  // Of the current step:
+  std::int64_t rows_ = 0;
+  std::vector<std::int32_t> positions_;  // [max_rows]
+  std::vector<std::int32_t> blocks_;     // [max_rows]
+  std::vector<AttendTask> tasks_;        // capacity for the worst batch
+  std::vector<std::vector<float>> scratch_;  // per thread
+};
+
+}  // namespace edgellm

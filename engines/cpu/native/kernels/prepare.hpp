@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+
+#include "rows.hpp"
+
+namespace edgellm {
+
+// Unit: row. What a linear multiplies with: x * input_scale, rounded to its form; outlier columns of unscaled x beside.
+struct PrepareArgs {
+  Rows x;
+  Records out;
+  const float* input_scale;           // [channels], zero at outlier columns; null: all ones
+  const std::int32_t* outlier_columns;  // [outliers]
+  std::int64_t channels, padded_channels, outliers, padded_outliers;
+  std::int64_t group_size;  // channels per sum, for int8
+  float quant_max;          // 127 or 7, for int8
+};
+
+}  // namespace edgellm
+
+#if defined(EDGELLM_ISA)
+namespace edgellm::EDGELLM_ISA {
+
+void prepare_half(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
+void prepare_float(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
+void prepare_int8(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
+
+}  // namespace edgellm::EDGELLM_ISA
+#endif
