@@ -1,0 +1,23 @@
+"""What every step of one build has in common."""
+
+from dataclasses import dataclass
+
+from edgellm.builder.backends import Compiler
+from edgellm.builder.checkpoint import Checkpoint
+from edgellm.builder.options import BuildOptions
+from edgellm.builder.steps import StepCache
+from edgellm.calib.recipe import Progress
+from edgellm.engines.kv import KvContract
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """Opened inputs and the tools of a build."""
+
+    options: BuildOptions
+    checkpoint: Checkpoint
+    contract: KvContract
+    max_seq_len: int
+    compiler: Compiler
+    cache: StepCache
+    progress: Progress
