@@ -1,6 +1,5 @@
 """Checks what a client asks for and turns it into a RequestSpec. Every error says the value and what to do."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -112,7 +111,7 @@ class RequestReader:
         biased = tuple(sorted(params.logit_bias.items()))
         self._check_ids("logit_bias token id", tuple(token_id for token_id, _ in biased))
         for token_id, bias in biased:
-            _require(math.isfinite(bias), f"logit_bias of token {token_id}", bias, "a finite number")
+            _require(-1000 <= bias <= 1000, f"logit_bias of token {token_id}", bias, "from -1000 to 1000")
         return Sampling(
             temperature=_temperature(params),
             top_k=params.top_k,
@@ -126,7 +125,7 @@ class RequestReader:
 
 def _temperature(params: inference_pb2.SamplingParams) -> float:
     value = params.temperature
-    _require(math.isfinite(value) and value >= 0, "temperature", value, "0 (greedy) or a finite number above")
+    _require(value == 0 or 1e-3 <= value <= 100, "temperature", value, "0 (greedy), or from 0.001 to 100")
     return value
 
 
@@ -137,13 +136,13 @@ def _top_p(params: inference_pb2.SamplingParams) -> float:
 
 
 def _min_p(params: inference_pb2.SamplingParams) -> float:
-    _require(0 <= params.min_p < 1, "min_p", params.min_p, "at least 0 and below 1")
+    _require(0 <= params.min_p <= 1, "min_p", params.min_p, "from 0 (off) to 1")
     return params.min_p
 
 
 def _repetition_penalty(params: inference_pb2.SamplingParams) -> float:
     value = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
-    _require(math.isfinite(value) and value > 0, "repetition_penalty", value, "a finite number above 0 (1 is off)")
+    _require(0.01 <= value <= 100, "repetition_penalty", value, "from 0.01 to 100 (1 is off)")
     return value
 
 
