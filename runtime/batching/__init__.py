@@ -1,0 +1,1 @@
+"""Which rows run next: pure schedulers, no clock, no I/O."""

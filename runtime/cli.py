@@ -1,0 +1,87 @@
+"""The edgellm-node command."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from edgellm.engines.bundle import BundleError
+from edgellm.runtime.config import JoinConfig, NodeConfig, NodeError
+from edgellm.runtime.kv.codecs import CodecChoice
+from edgellm.runtime.kv.types import NodeId
+from edgellm.runtime.loading import load_engines
+from edgellm.runtime.server import NodeServer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a node until it is stopped; 0, or 1 with one line on stderr."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        asyncio.run(_serve(_config(options)))
+    except (NodeError, BundleError) as error:
+        print(f"edgellm-node: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(config: NodeConfig) -> None:
+    server = NodeServer(config, load_engines(config))
+    server.stop_on_signals()
+    await server.run()
+
+
+def _config(options: argparse.Namespace) -> NodeConfig:
+    return NodeConfig(
+        node_id=NodeId(options.node_id),
+        bundle=options.bundle.expanduser().resolve(),
+        engine=options.engine,
+        join=JoinConfig(orchestrator=options.orchestrator, join_timeout_s=options.join_timeout, lease_s=options.lease),
+        listen=options.listen,
+        kv_blocks=options.kv_blocks,
+        threads=options.threads,
+        metrics_port=options.metrics_port,
+        kv_codec=options.kv_codec,
+        allow_shm=not options.no_shm,
+        exit_with_parent=options.exit_with_parent,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    join, parser = JoinConfig, argparse.ArgumentParser(prog="edgellm-node", description="Serve one engine of a bundle.")
+    add = parser.add_argument
+    add("--orchestrator", required=True, metavar="HOST:PORT", type=_address)
+    add("--bundle", required=True, metavar="DIR", type=Path)
+    add("--engine", required=True, metavar="NAME", help="an engine folder of the bundle; its phase decides the role")
+    add("--node-id", required=True, metavar="ID")
+    add("--listen", default=NodeConfig.listen, metavar="HOST:PORT", type=_address, help="for KV (default %(default)s)")
+    add("--kv-blocks", metavar="N", type=_positive, help="of 32 tokens (default: the bundle's plan)")
+    add("--threads", metavar="N", type=_positive, help="of the engine (default: its choice)")
+    add("--kv-codec", default=NodeConfig.kv_codec, choices=get_args(CodecChoice), help="(default %(default)s)")
+    add("--no-shm", action="store_true", help="send KV over gRPC on the same host too")
+    add("--metrics-port", metavar="N", type=int, help="for Prometheus (default: none)")
+    add("--join-timeout", default=join.join_timeout_s, metavar="SECONDS", type=float, help="(default %(default)s)")
+    add("--lease", default=join.lease_s, metavar="SECONDS", type=float, help="to rejoin in (default %(default)s)")
+    add("--exit-with-parent", action="store_true", help="exit when the process that started this one has ended")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What a node is told when it starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgellm.runtime.kv.codecs import CodecChoice
+from edgellm.runtime.kv.servicer import ExchangeConfig
+from edgellm.runtime.kv.types import NodeId
+
+
+class NodeError(Exception):
+    """A node that cannot start or go on; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinConfig:
+    """How a node reaches its orchestrator."""
+
+    orchestrator: str
+    """host:port."""
+    join_timeout_s: float = 30.0
+    """How long to try at the start."""
+    lease_s: float = 30.0
+    """How long to try again after the orchestrator went away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig:
+    """Options of edgellm-node."""
+
+    node_id: NodeId
+    bundle: Path
+    engine: str
+    join: JoinConfig
+    listen: str = "127.0.0.1:0"
+    """Address of the KV exchange; port 0: any."""
+    kv_blocks: int | None = None
+    """None: what the bundle's plan says."""
+    threads: int | None = None
+    metrics_port: int | None = None
+    kv_codec: CodecChoice = "raw"
+    allow_shm: bool = True
+    max_batch_tokens: int = 4096
+    """Prompt tokens read as one batch on a prefill node."""
+    prefill_chunk_rows: int = 256
+    """Prompt tokens per step on a prefill node: KV is sent after each."""
+    local_chunk_rows: int = 128
+    """Prompt tokens per step on a decode node: running answers wait for one such step."""
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    exit_with_parent: bool = False

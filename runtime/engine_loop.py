@@ -1,0 +1,108 @@
+"""Steps, one after the other, on a thread of their own; everything else stays on the event loop."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from edgellm.engines.base import Engine
+from edgellm.engines.sampling import sample
+from edgellm.runtime.batching.steps import Sampled, Step
+from edgellm.runtime.lanes import DecodeLane, Lane, PrefillLane
+from edgellm.runtime.node import Node
+
+_NEWEST_WEIGHT: Final = 0.1
+"""Of the newest step in moving averages."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Progress:
+    """Counted since the start; averages are 0 until measured."""
+
+    steps: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_ms: float = 0.0
+
+    def observe(self, lane: Lane, step: Step, seconds: float) -> None:
+        self.steps += 1
+        match lane:
+            case PrefillLane():
+                self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, step.rows / max(seconds, 1e-9))
+            case DecodeLane():
+                self.decode_step_ms = _average(self.decode_step_ms, 1e3 * seconds)
+
+
+class EngineLoop:
+    """Lets the lanes take turns, a step each; while a step runs, the event loop sends and receives."""
+
+    def __init__(self, node: Node, work: asyncio.Event, on_step: Callable[[Lane, Step, float], None]) -> None:
+        self._node = node
+        self._work = work
+        self._on_step = on_step
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._between_steps = asyncio.Event()
+        self._between_steps.set()
+        self.progress = Progress()
+
+    async def run(self) -> None:
+        """Until cancelled. What an engine raises, other than ValueError, ends the node."""
+        while True:
+            turns = [await self._turn(lane) for lane in self._node.lanes.in_turn]
+            if not any(turns):
+                self._work.clear()
+                await self._work.wait()
+
+    async def between_steps(self) -> None:
+        """Wait until no step is running."""
+        await self._between_steps.wait()
+
+    def close(self) -> None:
+        """Wait for the running step and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    async def _turn(self, lane: Lane) -> bool:
+        step = self._node.next_step(lane, time.monotonic())
+        if step is None:
+            return False
+        self._between_steps.clear()
+        try:
+            await self._run_step(lane, step)
+        finally:
+            self._between_steps.set()
+        return True
+
+    async def _run_step(self, lane: Lane, step: Step) -> None:
+        started_s = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            sampled = await loop.run_in_executor(self._thread, run_step, lane.engine, step)
+        except ValueError as error:
+            self._node.step_failed(step, f"engine {lane.engine.spec.name}: {error}")
+            return
+        now_s = time.monotonic()
+        self.progress.observe(lane, step, now_s - started_s)
+        self._on_step(lane, step, now_s - started_s)
+        self._node.step_ended(lane, step, sampled, now_s)
+
+
+def run_step(engine: Engine, step: Step) -> list[Sampled]:
+    """Forward, then sample the logit rows. Raises ValueError if the engine refuses the batch."""
+    output = engine.forward(step.batch)
+    samples = step.samples
+    if not samples or output.logits is None:
+        return []
+    tokens, logprobs = sample(
+        output.logits,
+        [one.sampling for one in samples],
+        [one.history for one in samples],
+        [one.index for one in samples],
+    )
+    return [
+        Sampled(token_id=int(token), logprob=float(logprob)) for token, logprob in zip(tokens, logprobs, strict=True)
+    ]
+
+
+def _average(old: float, new: float) -> float:
+    return new if old == 0 else old + _NEWEST_WEIGHT * (new - old)

@@ -1,0 +1,124 @@
+"""All prompts whose KV this node is sending."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgellm.engines.kv import KvContract, KvPool
+from edgellm.runtime.kv.codecs import CodecChoice
+from edgellm.runtime.kv.links import KvLink, KvLinks
+from edgellm.runtime.kv.push import KvPush, SendingClock
+from edgellm.runtime.kv.transfer import TransferError, TransferJob
+from edgellm.runtime.kv.types import Attempt, TransferStats
+from edgellm.runtime.tasks import run_all
+
+
+def choose_codec(choice: CodecChoice, contract: KvContract, link: KvLink, prefill_tokens_per_s: float) -> str:
+    """`auto` is `raw` unless the link was measured to be slower than this node fills it; then `int8`.
+
+    A codec that the receiver or the contract does not have becomes `raw`: fewer bytes are a wish, not a need.
+    """
+    wanted: str = choice
+    if choice == "auto":
+        needed = prefill_tokens_per_s * contract.bytes_per_token
+        is_exposed = link.outgoing.name != "shm" and link.bytes_per_s is not None and link.bytes_per_s < needed
+        wanted = "int8" if is_exposed else "raw"
+    return wanted if wanted in link.codecs else "raw"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sending:
+    pushes: tuple[KvPush, ...]
+    task: asyncio.Task[None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SenderHooks:
+    """Who is told how a transfer ended; the first two are not called for cancelled ones."""
+
+    on_sent: Callable[[Attempt, TransferStats], None]
+    on_failed: Callable[[Attempt, TransferError], None]
+    on_crash: Callable[[BaseException], None]
+    """Given what nobody expected."""
+
+
+class KvSender:
+    """Starts, feeds and cancels transfers, and owns their tasks until `close`."""
+
+    def __init__(
+        self,
+        *,
+        pool: KvPool,
+        links: KvLinks,
+        codec: CodecChoice,
+        prefill_tokens_per_s: Callable[[], float],
+        hooks: SenderHooks,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._pool = pool
+        self._links = links
+        self._codec = codec
+        self._prefill_tokens_per_s = prefill_tokens_per_s
+        self._hooks = hooks
+        self._now_s = now_s
+        self._sending: dict[Attempt, _Sending] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, job: TransferJob) -> None:
+        """Open streams to all targets; chunks follow `advance`."""
+        pushes = tuple(
+            KvPush(job, target, pool=self._pool, codec=self._codec_for, clock=SendingClock(self._now_s))
+            for target in job.targets
+        )
+        task = asyncio.create_task(self._run(job.attempt, pushes))
+        self._sending[job.attempt] = _Sending(pushes=pushes, task=task)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def advance(self, attempt: Attempt, computed: int) -> None:
+        """KV of the first `computed` prompt tokens is in the pool. No effect if nothing is being sent."""
+        if sending := self._sending.get(attempt):
+            for push in sending.pushes:
+                push.advance(computed)
+
+    def cancel(self, attempt: Attempt) -> None:
+        """From now on the attempt's blocks are not read. No effect if nothing is being sent."""
+        if sending := self._sending.pop(attempt, None):
+            sending.task.cancel()
+
+    async def close(self) -> None:
+        """Cancel everything, and close the links."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._links.close()
+
+    async def _run(self, attempt: Attempt, pushes: tuple[KvPush, ...]) -> None:
+        try:
+            await run_all(*(push.run(self._links) for push in pushes))
+        except TransferError as error:
+            self._sending.pop(attempt, None)
+            self._hooks.on_failed(attempt, error)
+        else:
+            self._sending.pop(attempt, None)
+            self._hooks.on_sent(attempt, _sum(pushes))
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._hooks.on_crash(error)
+
+    def _codec_for(self, link: KvLink) -> str:
+        return choose_codec(self._codec, self._pool.contract, link, self._prefill_tokens_per_s())
+
+
+def _sum(pushes: tuple[KvPush, ...]) -> TransferStats:
+    stats = [push.stats for push in pushes]
+    return TransferStats(
+        transport=stats[0].transport,
+        codec=stats[0].codec,
+        chunks=sum(one.chunks for one in stats),
+        bytes=sum(one.bytes for one in stats),
+        hidden_ms=max(one.hidden_ms for one in stats),
+        exposed_ms=max(one.exposed_ms for one in stats),
+    )

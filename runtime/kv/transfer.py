@@ -1,0 +1,33 @@
+"""A prompt's KV to be sent, and how that can fail."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from edgellm.engines.kv import BlockId
+from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId
+
+TransferFailure: TypeAlias = Literal["transfer", "capacity"]
+
+
+class TransferError(Exception):
+    """KV could not be delivered to `peer`."""
+
+    def __init__(self, kind: TransferFailure, peer: NodeId, message: str) -> None:
+        super().__init__(message)
+        self.kind: TransferFailure = kind
+        self.peer = peer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TransferJob:
+    """What to send, and to whom."""
+
+    attempt: Attempt
+    prompt_tokens: int
+    capacity_tokens: int
+    """Prompt and answer: what the receiver reserves."""
+    blocks: Sequence[BlockId]
+    targets: tuple[KvTarget, ...]
+    timeout_s: float
+    """Within which a transfer that has something to do must make progress."""

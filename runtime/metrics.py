@@ -1,0 +1,93 @@
+"""What a node shows to Prometheus."""
+
+import threading
+from typing import assert_never
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from edgellm.engines.kv import KvPool
+from edgellm.runtime.batching.steps import Step
+from edgellm.runtime.config import NodeError
+from edgellm.runtime.kv.inbox import InboxCounters
+from edgellm.runtime.lanes import DecodeLane, Lane
+from edgellm.runtime.messages import Event, KvSent, PrefillDone, Released, RequestFailed, Tokens
+from edgellm.runtime.node import Node
+
+_STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class NodeMetrics:
+    """A registry of its own, so that several nodes can live in one process."""
+
+    def __init__(self, node_id: str) -> None:
+        self.registry = CollectorRegistry()
+        self._http: tuple[WSGIServer, threading.Thread] | None = None
+        info = Gauge("edgellm_node_info", "Which node this is", ["node_id"], registry=self.registry)
+        info.labels(node_id).set(1)
+        self._step_seconds = Histogram(
+            "edgellm_step_seconds", "Engine steps", ["kind"], buckets=_STEP_SECONDS, registry=self.registry
+        )
+        self._rows = Counter("edgellm_rows", "Tokens through the engines", ["kind"], registry=self.registry)
+        self._tokens = Counter("edgellm_tokens_generated", "Tokens sampled", registry=self.registry)
+        self._failed = Counter("edgellm_requests_failed", "Requests failed here", ["kind"], registry=self.registry)
+        self._requests = Gauge("edgellm_requests", "Requests on this node", ["state"], registry=self.registry)
+        self._blocks_free = Gauge("edgellm_kv_blocks_free", "Free KV blocks", registry=self.registry)
+        self._sent_bytes = Counter("edgellm_kv_sent_bytes", "KV sent", ["transport", "codec"], registry=self.registry)
+        self._sent_ms = Counter(
+            "edgellm_kv_sent_milliseconds",
+            "Sending time, behind computing or after it",
+            ["part"],
+            registry=self.registry,
+        )
+        self._received = Gauge(
+            "edgellm_kv_received", "KV chunks by what became of them", ["state"], registry=self.registry
+        )
+
+    def serve(self, port: int | None) -> None:
+        """Raises NodeError if the port cannot be had."""
+        if port is None:
+            return
+        try:
+            self._http = start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise NodeError(f"cannot serve metrics on port {port}: {error.strerror}; choose another") from error
+
+    def close(self) -> None:
+        if self._http is not None:
+            server, thread = self._http
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def step_ended(self, lane: Lane, step: Step, seconds: float) -> None:
+        kind = "decode" if isinstance(lane, DecodeLane) else "prefill"
+        self._step_seconds.labels(kind).observe(seconds)
+        self._rows.labels(kind).inc(step.rows)
+
+    def event(self, event: Event) -> None:
+        match event:
+            case PrefillDone(first_token=first_token):
+                self._tokens.inc(0 if first_token is None else 1)
+            case Tokens(tokens=tokens):
+                self._tokens.inc(len(tokens))
+            case RequestFailed(kind=kind):
+                self._failed.labels(kind).inc()
+            case KvSent(stats=stats):
+                self._sent_bytes.labels(stats.transport, stats.codec).inc(stats.bytes)
+                self._sent_ms.labels("hidden").inc(stats.hidden_ms)
+                self._sent_ms.labels("exposed").inc(stats.exposed_ms)
+            case Released():
+                pass
+            case _:
+                assert_never(event)
+
+    def observe(self, node: Node, pool: KvPool, received: InboxCounters) -> None:
+        """Values that are read, not counted, at every heartbeat."""
+        self._requests.labels("running").set(node.running)
+        self._requests.labels("waiting").set(node.waiting)
+        self._blocks_free.set(pool.free_blocks)
+        self._received.labels("installed").set(received.chunks)
+        self._received.labels("stale").set(received.stale)
+        self._received.labels("corrupt").set(received.corrupt)
+        self._received.labels("duplicate").set(received.duplicate)

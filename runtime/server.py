@@ -1,0 +1,224 @@
+"""One node process, put together: engines, requests, KV exchange, and the stream to the orchestrator."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Final, assert_never
+
+import grpc
+import grpc.aio
+
+from edgellm.engines.spec import EngineSpec
+from edgellm.runtime import messages
+from edgellm.runtime.config import NodeConfig, NodeError
+from edgellm.runtime.engine_loop import EngineLoop
+from edgellm.runtime.host import host_id, memory
+from edgellm.runtime.join import JoinClient, JoinHooks
+from edgellm.runtime.kv.inbox import KvInbox
+from edgellm.runtime.kv.ledger import BlockLedger
+from edgellm.runtime.kv.links import CHANNEL_OPTIONS, KvLinks, LinkConfig
+from edgellm.runtime.kv.sender import KvSender, SenderHooks
+from edgellm.runtime.kv.servicer import KvExchangeServicer
+from edgellm.runtime.loading import NodeEngines, make_lanes
+from edgellm.runtime.metrics import NodeMetrics
+from edgellm.runtime.node import Node
+from edgellm.runtime.rpc import cluster_pb2, kv_pb2_grpc
+from edgellm.runtime.tasks import race
+from edgellm.runtime.wire import event_to_proto
+
+_TICK_S: Final = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+class NodeServer:
+    """A node that serves until told to stop. Made and run on one event loop; `run` once."""
+
+    def __init__(self, config: NodeConfig, engines: NodeEngines) -> None:
+        self._config = config
+        self._engines = engines
+        self._host_id = host_id()
+        self._stop = asyncio.Event()
+        self._crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._exchange_address = ""
+        self.ledger = BlockLedger(engines.pool)
+        self.metrics = NodeMetrics(config.node_id)
+        work = asyncio.Event()
+        self.node = Node(lanes=make_lanes(engines, config), ledger=self.ledger, emit=self._emit, wake=work.set)
+        self._engine_loop = EngineLoop(self.node, work, self.metrics.step_ended)
+        self._inbox = KvInbox(
+            ledger=self.ledger, admit=self.node.admit, on_complete=self.node.kv_complete, on_lost=self.node.kv_lost
+        )
+        self._sender = self._make_sender()
+        self.node.transfers, self.node.arrivals = self._sender, self._inbox
+        self._join = JoinClient(
+            config.join,
+            JoinHooks(hello=self._hello, heartbeat=self._heartbeat, handle=self._handle, reset=self._reset),
+        )
+
+    async def run(self) -> None:
+        """Serve until the orchestrator or `stop` says so. Raises NodeError; closes the engines in any case."""
+        try:
+            async with self._exchange():
+                self.metrics.serve(self._config.metrics_port)
+                await race(
+                    self._join.run(),
+                    self._engine_loop.run(),
+                    self._tick(),
+                    self._until_stopped(),
+                    self._until_crashed(),
+                )
+        finally:
+            self.node.drop_everything()
+            await self._sender.close()
+            self._engine_loop.close()
+            self._engines.close()
+            self.metrics.close()
+            _log.info("stopped node=%s", self._config.node_id)
+
+    def stop(self) -> None:
+        """End `run`, finishing nothing."""
+        self._stop.set()
+
+    def stop_on_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+
+    def _make_sender(self) -> KvSender:
+        link_config = LinkConfig(node_id=self._config.node_id, host_id=self._host_id, allow_shm=self._config.allow_shm)
+        return KvSender(
+            pool=self._engines.pool,
+            links=KvLinks(link_config, self._engines.contract),
+            codec=self._config.kv_codec,
+            prefill_tokens_per_s=lambda: self._engine_loop.progress.prefill_tokens_per_s,
+            hooks=SenderHooks(on_sent=self.node.kv_sent, on_failed=self.node.kv_not_sent, on_crash=self._crashed),
+            now_s=time.monotonic,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _exchange(self) -> AsyncIterator[None]:
+        """The KV exchange, listening. Raises NodeError if the address cannot be had."""
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0), *CHANNEL_OPTIONS))
+        servicer = KvExchangeServicer(
+            node_id=self._config.node_id,
+            contract=self._engines.contract,
+            inbox=self._inbox,
+            config=self._config.exchange,
+            on_crash=self._crashed,
+        )
+        kv_pb2_grpc.add_KvExchangeServicer_to_server(servicer, server)
+        host, _, _ = self._config.listen.rpartition(":")
+        try:
+            bound = server.add_insecure_port(self._config.listen)
+        except RuntimeError as error:
+            raise NodeError(
+                f"cannot listen on {self._config.listen}: in use? choose another port, or 0 for any"
+            ) from error
+        self._exchange_address = f"{_reachable_host(host, self._config.join.orchestrator)}:{bound}"
+        await server.start()
+        _log.info("listening node=%s exchange=%s", self._config.node_id, self._exchange_address)
+        try:
+            yield
+        finally:
+            await server.stop(grace=None)
+
+    def _emit(self, event: messages.Event) -> None:
+        self.metrics.event(event)
+        self._join.send(event_to_proto(event))
+
+    def _handle(self, command: messages.Command) -> None:
+        match command:
+            case messages.Prefill():
+                self.node.prefill(command)
+            case messages.Decode():
+                self.node.decode(command, time.monotonic())
+            case messages.Release():
+                self.node.release(command)
+            case messages.Shutdown() | messages.Welcome():
+                raise ValueError(f"{command} is for the join stream")
+            case _:
+                assert_never(command)
+
+    async def _reset(self) -> None:
+        self.node.drop_everything()
+        await self._engine_loop.between_steps()
+
+    async def _tick(self) -> None:
+        parent = os.getppid()
+        while True:
+            self.node.expire(time.monotonic())
+            if self._config.exit_with_parent and os.getppid() != parent:
+                raise NodeError("the process that started this node has ended")
+            await asyncio.sleep(_TICK_S)
+
+    async def _until_stopped(self) -> None:
+        await self._stop.wait()
+
+    async def _until_crashed(self) -> None:
+        await self._crash
+
+    def _crashed(self, error: BaseException) -> None:
+        if not self._crash.done():
+            self._crash.set_exception(error)
+
+    def _hello(self) -> cluster_pb2.Hello:
+        pool, engines = self._engines.pool, self._engines
+        bytes_per_token = len(pool.layers) * pool.contract.block_bytes // pool.contract.block_tokens
+        return cluster_pb2.Hello(
+            node_id=self._config.node_id,
+            pid=os.getpid(),
+            role=engines.role,
+            device_class=engines.all[0].spec.device_class,
+            bundle_sha256=engines.bundle_sha256,
+            kv_contract_sha256=engines.contract.sha256,
+            engines=[_engine_info(engine.spec) for engine in engines.all],
+            kv_blocks=pool.num_blocks,
+            block_tokens=pool.contract.block_tokens,
+            exchange_address=self._exchange_address,
+            host_id=self._host_id,
+            kv_bytes_per_token=bytes_per_token,
+        )
+
+    def _heartbeat(self) -> cluster_pb2.Heartbeat:
+        progress, resident = self._engine_loop.progress, memory()
+        self.metrics.observe(self.node, self._engines.pool, self._inbox.counters)
+        return cluster_pb2.Heartbeat(
+            steps=progress.steps,
+            running=self.node.running,
+            waiting=self.node.waiting,
+            kv_blocks_free=self._engines.pool.free_blocks,
+            rss_bytes=resident.rss_bytes,
+            rss_shared_bytes=resident.shared_bytes,
+            prefill_tokens_per_s=progress.prefill_tokens_per_s,
+            decode_step_ms=progress.decode_step_ms,
+        )
+
+
+def _engine_info(spec: EngineSpec) -> cluster_pb2.EngineInfo:
+    return cluster_pb2.EngineInfo(
+        name=spec.name,
+        phase=spec.phase,
+        first_layer=spec.first_layer,
+        num_layers=spec.num_layers,
+        rank=spec.rank,
+        world=spec.world,
+        precision=spec.precision,
+        max_rows=spec.limits.max_rows,
+        max_sequences=spec.limits.max_sequences,
+        max_seq_len=spec.limits.max_seq_len,
+    )
+
+
+def _reachable_host(listen_host: str, orchestrator: str) -> str:
+    """What others should dial: for a node that listens everywhere, the address it reaches the orchestrator from."""
+    if listen_host not in ("", "0.0.0.0", "[::]"):
+        return listen_host
+    host, _, port = orchestrator.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,1 @@
+"""How encoded KV gets from one node's memory to another's."""

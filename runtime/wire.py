@@ -1,0 +1,166 @@
+"""Between protobuf messages and this node's own types."""
+
+from typing import assert_never
+
+import numpy as np
+
+from edgellm.engines.sampling import SamplingParams
+from edgellm.runtime import messages
+from edgellm.runtime.generation import FinishReason, Generation, SampledToken
+from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId, RequestId, TransferStats
+from edgellm.runtime.rpc import cluster_pb2, inference_pb2
+
+_FINISH: dict[FinishReason | None, inference_pb2.FinishReason.ValueType] = {
+    None: inference_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+}
+_FAILURE: dict[messages.FailureKind, cluster_pb2.FailureKind.ValueType] = {
+    "engine": cluster_pb2.FAILURE_KIND_ENGINE,
+    "transfer": cluster_pb2.FAILURE_KIND_TRANSFER,
+    "capacity": cluster_pb2.FAILURE_KIND_CAPACITY,
+    "request": cluster_pb2.FAILURE_KIND_REQUEST,
+}
+
+
+def command_from_proto(command: cluster_pb2.Command) -> messages.Command:
+    """Raises ValueError for a command this node does not know."""
+    match command.WhichOneof("command"):
+        case "welcome":
+            welcome = command.welcome
+            return messages.Welcome(
+                incarnation=welcome.incarnation, heartbeat_interval_s=welcome.heartbeat_interval_ms / 1e3
+            )
+        case "prefill":
+            return _prefill(command.prefill)
+        case "decode":
+            return _decode(command.decode)
+        case "release":
+            return messages.Release(attempt=attempt_from_proto(command.release.attempt))
+        case "shutdown":
+            return messages.Shutdown()
+        case kind:
+            raise ValueError(f"the orchestrator sent an unknown command {kind!r}; is it another version?")
+
+
+def event_to_proto(event: messages.Event) -> cluster_pb2.NodeMessage:
+    match event:
+        case messages.PrefillDone():
+            return cluster_pb2.NodeMessage(prefill_done=_prefill_done(event))
+        case messages.KvSent(attempt=attempt, stats=stats):
+            sent = cluster_pb2.KvSent(attempt=attempt_to_proto(attempt), transfer=_transfer(stats))
+            return cluster_pb2.NodeMessage(kv_sent=sent)
+        case messages.Tokens():
+            return cluster_pb2.NodeMessage(tokens=_tokens(event))
+        case messages.RequestFailed(attempt=attempt, kind=kind, message=message, peer=peer):
+            failed = cluster_pb2.RequestFailed(
+                attempt=attempt_to_proto(attempt), kind=_FAILURE[kind], message=message, peer_node_id=peer or ""
+            )
+            return cluster_pb2.NodeMessage(request_failed=failed)
+        case messages.Released(attempt=attempt):
+            return cluster_pb2.NodeMessage(released=cluster_pb2.Released(attempt=attempt_to_proto(attempt)))
+        case _:
+            assert_never(event)
+
+
+def attempt_to_proto(attempt: Attempt) -> cluster_pb2.Attempt:
+    return cluster_pb2.Attempt(request_id=attempt.request_id, epoch=attempt.epoch)
+
+
+def attempt_from_proto(attempt: cluster_pb2.Attempt) -> Attempt:
+    return Attempt(request_id=RequestId(attempt.request_id), epoch=attempt.epoch)
+
+
+def _prefill(prefill: cluster_pb2.Prefill) -> messages.Prefill:
+    return messages.Prefill(
+        attempt=attempt_from_proto(prefill.attempt),
+        prompt=np.array(prefill.prompt, np.int64).astype(np.int32),
+        generated=np.array(prefill.generated, np.int64).astype(np.int32),
+        generation=_generation(prefill.generation),
+        targets=tuple(_target(target) for target in prefill.targets),
+        degraded=prefill.degraded,
+        transfer_timeout_s=prefill.transfer_timeout_ms / 1e3,
+    )
+
+
+def _decode(decode: cluster_pb2.Decode) -> messages.Decode:
+    return messages.Decode(
+        attempt=attempt_from_proto(decode.attempt),
+        prompt=np.array(decode.prompt, np.int64).astype(np.int32),
+        generated=np.array(decode.generated, np.int64).astype(np.int32),
+        generation=_generation(decode.generation),
+        kv_timeout_s=decode.kv_timeout_ms / 1e3,
+    )
+
+
+def _generation(generation: cluster_pb2.Generation) -> Generation:
+    return Generation(
+        sampling=_sampling(generation.sampling),
+        max_tokens=generation.max_tokens,
+        stop_token_ids=frozenset(generation.stop_token_ids),
+        logprobs=generation.logprobs,
+    )
+
+
+def _sampling(sampling: inference_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed,
+    )
+
+
+def _target(target: cluster_pb2.KvTarget) -> KvTarget:
+    return KvTarget(
+        node_id=NodeId(target.node_id),
+        address=target.address,
+        host_id=target.host_id,
+        first_layer=target.first_layer,
+        num_layers=target.num_layers,
+        backup=target.backup,
+    )
+
+
+def _prefill_done(event: messages.PrefillDone) -> cluster_pb2.PrefillDone:
+    first_token = None
+    if event.first_token is not None:
+        first_token = _token(event.first_token, with_logprob=event.logprobs)
+    return cluster_pb2.PrefillDone(
+        attempt=attempt_to_proto(event.attempt), first_token=first_token, prefill_ms=event.prefill_ms
+    )
+
+
+def _tokens(event: messages.Tokens) -> cluster_pb2.Tokens:
+    return cluster_pb2.Tokens(
+        tokens=[
+            cluster_pb2.AttemptToken(
+                attempt=attempt_to_proto(generated.attempt),
+                token=_token(generated.token, with_logprob=generated.attempt in event.with_logprob),
+            )
+            for generated in event.tokens
+        ]
+    )
+
+
+def _token(token: SampledToken, *, with_logprob: bool) -> cluster_pb2.SampledToken:
+    return cluster_pb2.SampledToken(
+        index=token.index,
+        token_id=token.token_id,
+        logprob=token.logprob if with_logprob else None,
+        finish_reason=_FINISH[token.finish],
+    )
+
+
+def _transfer(stats: TransferStats) -> inference_pb2.KvTransfer:
+    return inference_pb2.KvTransfer(
+        transport=stats.transport,
+        codec=stats.codec,
+        chunks=stats.chunks,
+        bytes=stats.bytes,
+        hidden_ms=stats.hidden_ms,
+        exposed_ms=stats.exposed_ms,
+    )
