@@ -1,6 +1,7 @@
 """What a path to the first decoded token costs in seconds, from measured speeds and the link."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from edgellm.jetson.profiles import GIGABIT_ETHERNET_GB_S, LOOPBACK_GB_S
 from edgellm.orchestrator.core.policy import NodeView, WaitingRequest
@@ -11,17 +12,25 @@ class CostModel:
     """Prompt reading is linear in tokens; KV is sent while the prompt is read, but for its last chunk."""
 
     unmeasured_prefill_tokens_per_s: float = 500.0
-    """Until a node has reported its speed."""
+    """Until any node has reported its speed."""
     same_host_bytes_per_s: float = 1e9 * LOOPBACK_GB_S
     network_bytes_per_s: float = 1e9 * GIGABIT_ETHERNET_GB_S
     network_latency_s: float = 0.0004
     chunk_tokens: int = 128
     interference: float = 1.0
     """Cost of stalling one running answer for a second by reading a prompt beside it."""
+    reluctance: float = 1.5
+    """Reading on a decode node must be this much sooner to be worth it: answers that start meanwhile stall as well."""
+
+    def with_speeds(self, nodes: Sequence[NodeView]) -> list[NodeView]:
+        """The nodes, those that have not measured their reading speed with the mean of those that have."""
+        measured = [node.prefill_tokens_per_s for node in nodes if node.prefill_tokens_per_s > 0]
+        assumed = sum(measured) / len(measured) if measured else self.unmeasured_prefill_tokens_per_s
+        return [replace(node, prefill_tokens_per_s=node.prefill_tokens_per_s or assumed) for node in nodes]
 
     def read_s(self, node: NodeView, tokens: int) -> float:
         """Time to read `tokens` prompt tokens on an idle node."""
-        return tokens / (node.prefill_tokens_per_s or self.unmeasured_prefill_tokens_per_s)
+        return tokens / node.prefill_tokens_per_s
 
     def send_s(self, prefill: NodeView, decode: NodeView, tokens: int) -> float:
         """Time that the KV of `tokens` tokens is on the link."""
@@ -42,4 +51,4 @@ class CostModel:
     def local_s(self, request: WaitingRequest, decode: NodeView) -> float:
         """Prompt on the decode node, which holds up the answers that run there."""
         tokens = decode.prefill_tokens + request.prompt_tokens
-        return self.read_s(decode, tokens) * (1 + self.interference * decode.running)
+        return self.read_s(decode, tokens) * (self.reluctance + self.interference * decode.running)

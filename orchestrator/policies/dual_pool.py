@@ -37,6 +37,7 @@ class DualPool:
     """Prompt tokens a prefill node is given at a time; a longer prompt goes alone."""
 
     def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
+        nodes = self.cost.with_speeds(nodes)
         room = Room(nodes)
         placements = []
         for request in sorted(waiting, key=lambda request: self._order(request, nodes)):
