@@ -4,8 +4,8 @@
 2. Decode: one pipeline stage per device, in the pool's order; layers are cut so that the slowest stage is as fast as
    it can be while every stage fits beside the KV of at least one full sequence.
 3. What memory is left becomes KV blocks, in equal parts for the engines of a device.
-4. Takeover: with more than one stage, an engine with all layers for the device with most memory, which gives up its
-   own stage when it takes over.
+4. Takeover: with more than one stage, an engine with all layers, on every device of one class that can hold it once
+   it gives up its own stage.
 """
 
 import math
@@ -85,18 +85,20 @@ def _plan_prefill(inputs: PlanInputs) -> list[Assignment]:
     """The smallest tensor-parallel world that fits, repeated over the pool."""
     devices = inputs.cluster.prefill
     _require_one_class(devices)
+    refusal = PlanError("the prefill pool is empty")
     for world in range(1, len(devices) + 1):
         used = devices[: len(devices) // world * world]
         try:
             ranks = [_prefill_rank(inputs, device, index % world, world) for index, device in enumerate(used)]
             for rank in ranks:
                 require_fit([rank])
-        except (PlanError, PartitionError):
-            if world == len(devices):
-                raise
+        except PlanError as error:
+            refusal = error
+        except PartitionError:
+            continue
         else:
             return ranks
-    raise PlanError("the prefill pool is empty")
+    raise refusal
 
 
 def _require_one_class(devices: Sequence[Device]) -> None:
@@ -164,20 +166,27 @@ def _give_kv(assignments: Sequence[Assignment]) -> list[tuple[Assignment, int]]:
 
 
 def _plan_takeover(inputs: PlanInputs, placed: Sequence[tuple[Assignment, int]]) -> list[tuple[Assignment, int]]:
-    """All layers on the device with most memory where they fit in place of its stage; empty if there is none."""
+    """All layers, on every device of one class where they fit in place of its stage; decode devices come first."""
     devices = {device.name: device for device in (*inputs.cluster.decode, *inputs.cluster.prefill)}
-    for device in sorted(devices.values(), key=lambda device: -device.usable_bytes):
+    takeovers: list[tuple[Assignment, int]] = []
+    for device in devices.values():
         assignment = _assign(inputs, device, "takeover", inputs.decode_graph, TAKEOVER_ENGINE, 0, 1)
-        staying_bytes = sum(
-            other.fixed_bytes + blocks * other.costs.kv_block_bytes
-            for other, blocks in placed
-            if other.device == device and other.role == "prefill"
-        )
-        room_bytes = device.usable_bytes - staying_bytes - assignment.fixed_bytes
-        blocks = min(room_bytes // assignment.costs.kv_block_bytes, assignment.max_kv_blocks)
-        if blocks >= assignment.min_kv_blocks:
-            return [(assignment, blocks)]
-    return []
+        blocks = _takeover_blocks(assignment, placed)
+        one_class = not takeovers or takeovers[0][0].device.device_class == device.device_class
+        if one_class and blocks >= assignment.min_kv_blocks:
+            takeovers.append((assignment, blocks))
+    return takeovers
+
+
+def _takeover_blocks(takeover: Assignment, placed: Sequence[tuple[Assignment, int]]) -> int:
+    """KV blocks that fit beside all layers, and beside a prefill engine that stays; negative if not even those fit."""
+    staying_bytes = sum(
+        other.fixed_bytes + blocks * other.costs.kv_block_bytes
+        for other, blocks in placed
+        if other.device == takeover.device and other.role == "prefill"
+    )
+    room_bytes = takeover.device.usable_bytes - staying_bytes - takeover.fixed_bytes
+    return min(room_bytes // takeover.costs.kv_block_bytes, takeover.max_kv_blocks)
 
 
 def _assign(
