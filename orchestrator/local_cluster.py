@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import msgspec
 
 from edgellm.runtime.rpc.inference_pb2_grpc import InferenceStub
 
@@ -59,7 +60,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, 
             tail = log.read_text(errors="replace")[-2000:]
             raise ClusterStartError(f"the server did not become ready:\n{tail}")
         time.sleep(0.02)
-    return ready.read_text().strip()
+    return str(msgspec.json.decode(ready.read_bytes())["address"])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

