@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,6 @@ class _Running:
         self.num_prompt = len(continuation.prompt)
         self.num_tokens = self.num_prompt + len(continuation.generated)
         self.num_computed = self.num_prompt
-        self.last_served = -1
         self.tokens = np.empty(self.num_prompt + continuation.generation.max_tokens, np.int32)
         self.tokens[: self.num_tokens] = np.concatenate([continuation.prompt, continuation.generated])
 
@@ -83,7 +83,7 @@ class DecodeBatcher:
         self._max_rows = limits.max_rows
         self._max_sequences = min(limits.max_sequences, limits.max_rows)
         self._running: dict[Attempt, _Running] = {}
-        self._steps = 0
+        """Least recently served first."""
 
     @property
     def running(self) -> int:
@@ -98,8 +98,7 @@ class DecodeBatcher:
 
     def plan(self) -> Step | None:
         """The next iteration, or None if nothing is running. Call again only after `commit`."""
-        by_turn = sorted(self._running.values(), key=lambda running: running.last_served)
-        served = by_turn[: self._max_sequences]
+        served = list(islice(self._running.values(), self._max_sequences))
         rows_left = self._max_rows - len(served)
         segments = []
         for running in served:
@@ -110,15 +109,14 @@ class DecodeBatcher:
 
     def commit(self, step: Step, sampled: Sequence[Sampled]) -> list[TokenGenerated]:
         """Take in a finished step; `sampled` in the order of `step.samples`."""
-        self._steps += 1
         draws = iter(sampled)
         generated = []
         for segment in step.segments:
             draw = next(draws) if segment.sample is not None else None
-            running = self._running.get(segment.attempt)
+            running = self._running.pop(segment.attempt, None)
             if running is None:
                 continue
-            running.last_served = self._steps
+            self._running[segment.attempt] = running
             running.num_computed += len(segment.tokens)
             if draw is not None:
                 generated.append(self._append(running, draw))
