@@ -1,4 +1,4 @@
-"""Real models and texts that lie beside the checkout; a test that needs one that is absent is skipped with the reason."""
+"""Real models and texts beside the checkout; a test that needs one that is absent is skipped with the reason."""
 
 import importlib.util
 import os
