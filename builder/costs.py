@@ -70,8 +70,9 @@ def engine_costs(graph: Graph, contract: KvContract, limits: EngineLimits) -> En
 
 
 def weight_bytes(ops: Iterable[Op]) -> int:
-    """Packed weights of the ops. A tied head counts beside the embedding: engines pack the two differently."""
-    return sum(_op_bytes(op) for op in ops)
+    """Packed weights of the ops; a head tied to the embedding is the same bytes."""
+    weighty = {op.weight: op for op in ops if isinstance(op, Embed | Linear | Norm)}
+    return sum(map(_op_bytes, weighty.values()))
 
 
 def read_bytes(ops: Iterable[Op]) -> int:

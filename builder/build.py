@@ -1,0 +1,121 @@
+"""From a checkpoint to a bundle, step by step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from edgellm.builder.backends import find_compiler
+from edgellm.builder.bundle_writer import require_target, write_bundle
+from edgellm.builder.checkpoint import open_checkpoint
+from edgellm.builder.compile import compile_planned
+from edgellm.builder.context import BuildContext
+from edgellm.builder.models import build_graph
+from edgellm.builder.options import BuildOptions
+from edgellm.builder.plan import BuildPlan, PlanInputs, make_plan
+from edgellm.builder.recipes import decode_graph, decode_recipe, half_recipe
+from edgellm.builder.steps import StepCache, StepResult
+from edgellm.calib.recipe import Progress
+from edgellm.engines.bundle import SCHEMA_VERSION, Bundle, ModelInfo, Quality
+from edgellm.engines.kv import KvContract
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a build did."""
+
+    bundle: Bundle
+    notes: tuple[str, ...]
+    steps: tuple[StepResult, ...]
+    """In order; each says whether it was done now or reused."""
+
+
+def build(options: BuildOptions, *, show_plan: Callable[[BuildPlan], None], progress: Progress) -> BuildReport:
+    """Build and write a bundle. `show_plan` is called once, before the first long step.
+
+    Raises BuildError, CheckpointError, PlanError, PartitionError or ValueError; each message says what to do.
+    """
+    require_target(options.output)
+    context = _open(options, progress)
+    planned = _plan(context)
+    show_plan(planned)
+    half = half_recipe(context)
+    decode = decode_recipe(context)
+    compiled = [
+        compile_planned(context, engine, half if engine.phase == "prefill" else decode) for engine in planned.engines
+    ]
+    engines = [engine for engine, _ in compiled]
+    quality, quality_step = None, None
+    bundle = write_bundle(
+        options.output, _describe(context, planned, quality), engines, context.checkpoint.write_tokenizer
+    )
+    steps = (decode.step, *(step for _, step in compiled), quality_step)
+    return BuildReport(bundle=bundle, notes=planned.notes, steps=tuple(step for step in steps if step is not None))
+
+
+def _open(options: BuildOptions, progress: Progress) -> BuildContext:
+    compiler = find_compiler(options.backend)
+    checkpoint = open_checkpoint(options.checkpoint)
+    config = checkpoint.config
+    return BuildContext(
+        options=options,
+        checkpoint=checkpoint,
+        max_seq_len=options.sequence_limit(config.max_seq_len),
+        contract=KvContract(
+            num_layers=config.num_layers, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=options.kv_dtype
+        ),
+        compiler=compiler,
+        cache=StepCache(options.cache_dir),
+        progress=progress,
+    )
+
+
+def _plan(context: BuildContext) -> BuildPlan:
+    return make_plan(
+        PlanInputs(
+            cluster=context.options.cluster,
+            prefill_graph=build_graph(context.checkpoint.config),
+            decode_graph=decode_graph(context),
+            contract=context.contract,
+            max_seq_len=context.max_seq_len,
+        )
+    )
+
+
+def _describe(context: BuildContext, planned: BuildPlan, quality: Quality | None) -> Bundle:
+    """The bundle but for its files, which the writer fills in."""
+    return Bundle(
+        schema_version=SCHEMA_VERSION,
+        model=_model_info(context),
+        kv=context.contract,
+        engines=(),
+        plan=planned.plan,
+        quality=quality,
+        provenance=_provenance(context),
+    )
+
+
+def _model_info(context: BuildContext) -> ModelInfo:
+    checkpoint, config = context.checkpoint, context.checkpoint.config
+    return ModelInfo(
+        id=checkpoint.id,
+        architecture=checkpoint.architecture,
+        checkpoint_sha256=checkpoint.sha256,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_seq_len=context.max_seq_len,
+        bos_token_id=checkpoint.generation.bos_token_id,
+        eos_token_ids=checkpoint.generation.eos_token_ids,
+    )
+
+
+def _provenance(context: BuildContext) -> dict[str, str]:
+    """What this bundle was made with and from; nothing about where or when."""
+    options = context.options
+    tools = {name: version(name) for name in ("edgellm", "numpy", "torch", "nvidia-modelopt")}
+    return tools | {
+        "backend": context.compiler.version,
+        "precision_decode": options.precision_decode,
+        "calibration_text": options.calib_data.name if options.calib_data else "sampled from the model",
+        **{f"quantize.{name}": str(value) for name, value in sorted(vars(options.quantize).items())},
+    }

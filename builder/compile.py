@@ -1,0 +1,72 @@
+"""Compile a planned engine, unless the same one was compiled before."""
+
+import dataclasses
+from pathlib import Path
+
+from edgellm.builder.assignment import PlannedEngine
+from edgellm.builder.bundle_writer import CompiledEngine
+from edgellm.builder.context import BuildContext
+from edgellm.builder.files import text_sha256
+from edgellm.builder.partition import shard
+from edgellm.builder.plan import precision_label
+from edgellm.builder.recipes import Recipe
+from edgellm.builder.steps import StepResult
+from edgellm.engines.load import engine_contract
+from edgellm.engines.spec import EngineSpec
+from edgellm.engines.weights import WeightStore
+
+
+def compile_planned(context: BuildContext, planned: PlannedEngine, recipe: Recipe) -> tuple[CompiledEngine, StepResult]:
+    """`recipe` is the one whose graph `planned.graph` was cut from. Raises BuildError for a full disk."""
+    spec = _spec(context, planned)
+    contract = engine_contract(context.contract, spec)
+
+    def make(folder: Path) -> None:
+        context.compiler.compile(
+            planned.graph,
+            _weights(planned, recipe),
+            contract=contract,
+            limits=planned.limits,
+            folder=folder,
+            progress=lambda done, total: context.progress(f"compile {planned.name}", done, total),
+        )
+
+    inputs = {
+        "weights": recipe.key,
+        "graph": text_sha256(repr(planned.graph)),
+        "share": f"{planned.rank} of {planned.world}",
+        "contract": contract.sha256,
+        "limits": repr(planned.limits),
+        "backend": f"{context.compiler.name} {context.compiler.version}",
+        "code": context.compiler.code_sha256,
+    }
+    step = context.cache.run(f"compile-{planned.name}", inputs, make)
+    return CompiledEngine(spec=dataclasses.replace(spec, files=step.files), folder=step.folder), step
+
+
+def _weights(planned: PlannedEngine, recipe: Recipe) -> WeightStore:
+    """All weights, or a tensor-parallel rank's share of each."""
+    weights = recipe.load_weights()
+    if planned.phase == "decode" or planned.world == 1:
+        return weights
+    return shard(recipe.graph, weights, planned.rank, planned.world)[1]
+
+
+def _spec(context: BuildContext, planned: PlannedEngine) -> EngineSpec:
+    graph = planned.graph
+    return EngineSpec(
+        name=planned.name,
+        phase=planned.phase,
+        backend=context.compiler.name,
+        backend_version=context.compiler.version,
+        device_class=planned.device_class,
+        first_layer=graph.first_layer,
+        num_layers=graph.num_layers,
+        rank=planned.rank,
+        world=planned.world,
+        precision=precision_label(graph),
+        hidden_size=graph.hidden_size,
+        vocab_size=graph.vocab_size,
+        limits=planned.limits,
+        files=(),
+    )
