@@ -12,6 +12,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedCo
 
 from edgellm.builder.checkpoint import open_checkpoint
 from edgellm.builder.models import build_graph
+from edgellm.engines.graph import WeightName
 from edgellm.engines.reference import float32_oracle
 
 TOLERANCE = 1e-4
@@ -119,11 +120,12 @@ def test_fused_projection_says_which_rows_it_is(tmp_path: Path) -> None:
     module = checkpoint.load_torch().get_submodule("gpt_neox.layers.1.attention.query_key_value")
     for part in "qkv":
         name = f"gpt_neox.layers.1.attention.query_key_value.{part}"
-        source = checkpoint.source_of(f"{name}.weight")
+        weight, bias = WeightName(f"{name}.weight"), WeightName(f"{name}.bias")
+        source = checkpoint.source_of(weight)
         assert source.module == "gpt_neox.layers.1.attention.query_key_value"
         assert source.rows is not None
-        np.testing.assert_array_equal(checkpoint.weights[f"{name}.weight"], module.weight.detach()[source.rows])
-        np.testing.assert_array_equal(checkpoint.weights[f"{name}.bias"], module.bias.detach()[source.rows])
+        np.testing.assert_array_equal(checkpoint.weights[weight], module.weight.detach()[source.rows])
+        np.testing.assert_array_equal(checkpoint.weights[bias], module.bias.detach()[source.rows])
 
 
 def test_every_weight_names_its_torch_module(tmp_path: Path) -> None:

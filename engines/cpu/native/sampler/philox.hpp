@@ -1,5 +1,4 @@
-// Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC'11.
+// Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 #pragma once
 
 #include <array>

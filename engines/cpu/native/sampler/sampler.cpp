@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <string>
 
 #include "philox.hpp"
@@ -10,8 +11,7 @@
 namespace edgellm::sampler {
 namespace {
 
-// The high 64 bits of the product: a number below `bound`, as uniform as the 64
-// random bits.
+// The high 64 bits of the product: a number below `bound`, as uniform as the 64 random bits.
 uint64_t scale_to(uint64_t random, uint64_t bound) {
   const uint64_t low = (random & 0xFFFFFFFF) * (bound & 0xFFFFFFFF);
   const uint64_t middle0 = (random >> 32) * (bound & 0xFFFFFFFF) + (low >> 32);
@@ -101,8 +101,8 @@ int32_t Sampler::draw(std::span<const float> logits, float max, const Params& pa
   return token_at(weights_, scale_to(random_u64(params.seed, index), sum_at_least(1, weights_)));
 }
 
-// A heap of the best k so far, the worst of them on top. Tokens come in
-// ascending order, so one that only equals the worst is never better.
+// A heap of the best k so far, the worst of them on top. Tokens come in ascending order, so one that only equals the
+// worst is never better.
 void Sampler::keep_top_k(std::span<const float> logits, size_t top_k) {
   const auto is_better = [&](int32_t a, int32_t b) {
     return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
@@ -121,9 +121,8 @@ void Sampler::keep_top_k(std::span<const float> logits, size_t top_k) {
   keep_up_to(logits, best_.front(), weights_);
 }
 
-// The weight at which the likeliest tokens reach the target is found bit by
-// bit, in passes that the compiler vectorises; of the tokens with exactly that
-// weight, the first ones are kept.
+// The weight at which the likeliest tokens reach the target is found bit by bit, in passes that the compiler
+// vectorises; of the tokens with exactly that weight, the first ones are kept.
 void Sampler::keep_top_p(double top_p) {
   const double target = top_p * static_cast<double>(sum_at_least(1, weights_));
   int32_t cut = 0;

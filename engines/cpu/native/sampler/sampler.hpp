@@ -1,5 +1,4 @@
-// Chooses one token from one row of logits. engines/sampling_reference.py
-// defines what is computed.
+// Chooses one token from one row of logits. engines/sampling_reference.py defines what is computed.
 #pragma once
 
 #include <cstdint>
@@ -28,15 +27,13 @@ struct Choice {
   float logprob;
 };
 
-// Holds the buffers of one vocabulary, so that a call allocates nothing. Not
-// thread-safe.
+// Holds the buffers of one vocabulary, so that a call allocates nothing. Not thread-safe.
 class Sampler {
  public:
   explicit Sampler(size_t vocab_size);
 
-  // logits [vocab_size]; history: tokens so far; index: of the token within its
-  // answer. Throws std::invalid_argument for NaN or infinite logits, and for
-  // token ids outside of the vocabulary.
+  // logits [vocab_size]; history: tokens so far; index: of the token within its answer.
+  // Throws std::invalid_argument for NaN or infinite logits, and for token ids outside of the vocabulary.
   Choice sample(std::span<const float> logits, const Params& params, std::span<const int32_t> history, const Bias& bias,
                 uint64_t index);
 
@@ -48,6 +45,7 @@ class Sampler {
   int32_t draw(std::span<const float> logits, float max, const Params& params, uint64_t index);
   void keep_top_k(std::span<const float> logits, size_t top_k);
   void keep_top_p(double top_p);
+
   std::vector<float> adjusted_;   // [vocab_size]
   std::vector<int32_t> weights_;  // [vocab_size]
   std::vector<int32_t> best_;     // the heap of top-k, at most vocab_size

@@ -3,8 +3,7 @@
 #include <bit>
 #include <limits>
 
-// One body per vector width; the loader takes the widest that the processor
-// has.
+// One body per vector width; the loader takes the widest that the processor has.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define EDGELLM_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -41,8 +40,8 @@ inline int32_t weight_of(float exponent) {
 
 }  // namespace
 
-// On the floats' bits, since compilers vectorise reductions of integers only
-// (floats would need another order of NaN).
+// On the floats' bits, since compilers vectorise reductions of integers only (floats would need another order of
+// NaN).
 EDGELLM_WIDEST Peak find_peak(std::span<const float> logits) {
   int32_t largest = std::numeric_limits<int32_t>::min();
   int32_t has_nan = 0;
