@@ -92,3 +92,7 @@ def _profile(parsed: argparse.Namespace) -> int:
     after = [stats_command(profiling.output)] if profiling.tool == "nsys" else []
     print(shell_lines([tegrastats_command(profiling), profile_command(profiling), *after]))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
