@@ -35,7 +35,7 @@ def test_nsys_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert profiler.startswith(
         "nsys profile --trace=cuda,nvtx,osrt --cuda-graph-trace=node --capture-range=cudaProfilerApi"
     )
-    assert profiler.endswith("--gpu-metrics-devices=all '--output=out/a b' edgellm-node --bundle")
+    assert profiler.endswith("--gpu-metrics-devices=all '--output=out/a b' edgellm-node --bundle x")
     assert summary == "nsys stats --report nvtx_sum,cuda_gpu_kern_sum 'out/a b.nsys-rep'"
 
 
