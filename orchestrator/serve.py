@@ -62,7 +62,9 @@ def _parse(argv: Sequence[str] | None) -> ServeConfig:
     parser.add_argument("--threads", type=int, help="threads of each local node")
     parser.add_argument("--policy", choices=sorted(POLICIES), default=ServeConfig.policy)
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port")
-    parser.add_argument("--ready-file", type=Path, help="written as JSON once requests can be served")
+    parser.add_argument(
+        "--ready-file", type=Path, help="written as JSON once requests can come; with --no-local-nodes, once nodes can"
+    )
     parser.add_argument("--verbose", action="store_true", help="log every state change")
     return ServeConfig(**vars(parser.parse_args(argv)))
 
@@ -112,11 +114,11 @@ async def _announce(
     model = bundle.index.model.id
     if not nodes:
         print(f"{model} on {running.address}, waiting for nodes to join", flush=True)
+        _write_ready_file(config.ready_file, running.address)
     await _wait_for_nodes(running, {node.node_id for node in nodes})
     ready = [f"{node.profile.node_id} ({node.profile.role})" for node in running.driver.core.state.nodes.ready()]
     print(f"serving {model} on {running.address} with {', '.join(ready)}", flush=True)
-    if config.ready_file is not None:
-        _write_ready_file(config.ready_file, running.address)
+    _write_ready_file(config.ready_file, running.address)
 
 
 async def _wait_for_nodes(running: Orchestrator, wanted: set[str]) -> None:
@@ -128,8 +130,10 @@ async def _wait_for_nodes(running: Orchestrator, wanted: set[str]) -> None:
         await changed.wait()
 
 
-def _write_ready_file(path: Path, address: str) -> None:
+def _write_ready_file(path: Path | None, address: str) -> None:
     """Appears whole or not at all."""
+    if path is None:
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(msgspec.json.encode({"address": address, "pid": os.getpid()}))
     partial.replace(path)

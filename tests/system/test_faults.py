@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,13 @@ REQUEST = api.GenerateRequest(text="Once upon a time", max_tokens=400, ignore_eo
 def node_pid(stub: InferenceStub, role: str) -> int:
     nodes = stub.GetCluster(api.GetClusterRequest(), timeout=10).nodes
     return next(node.pid for node in nodes if node.role == role and node.state == "ready")
+
+
+def wait_for_nodes(stub: InferenceStub, count: int, timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while len(stub.GetCluster(api.GetClusterRequest(), timeout=10).nodes) < count:
+        assert time.monotonic() < deadline_s, f"fewer than {count} nodes joined"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -55,6 +63,7 @@ def test_without_a_prefill_node_the_decode_node_reads_the_prompt_itself(
         command = [sys.executable, "-m", "edgellm.runtime.cli", "--orchestrator", alone.address]
         command += ["--bundle", str(stories_bundle), "--engine", "decode-pp0of1", "--node-id", "only"]
         with subprocess.Popen(command) as node, alone.client() as stub:
+            wait_for_nodes(stub, 1)
             answer = ask(stub, REQUEST)
             node.terminate()
         assert answer.token_ids == expected
