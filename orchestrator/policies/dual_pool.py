@@ -45,6 +45,8 @@ class DualPool:
             if option is not None and option.now:
                 room.take(request, option.placement)
                 placements.append(option.placement)
+            elif option is not None:
+                room.queue_behind(request, option.placement)
             elif self._slack_at(request, nodes) < now_s:
                 break
         return placements

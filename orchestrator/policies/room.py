@@ -27,6 +27,11 @@ class Room:
         if not local:
             self._shrink(placement.prefill, request.prompt_blocks, request.prompt_tokens)
 
+    def queue_behind(self, request: WaitingRequest, placement: Placement) -> None:
+        """The request waits for its prefill node: those after it find a longer queue there."""
+        node = self._nodes[placement.prefill]
+        self._nodes[placement.prefill] = replace(node, prefill_tokens=node.prefill_tokens + request.prompt_tokens)
+
     def _shrink(self, connection: ConnectionId, blocks: int, prefill_tokens: int) -> None:
         node = self._nodes[connection]
         self._nodes[connection] = replace(
