@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edgellm.engines.sampling import SamplingParams
 from edgellm.engines.spec import EngineLimits
 from edgellm.runtime.batching.decode import Continuation, DecodeBatcher
@@ -12,8 +15,6 @@ from edgellm.runtime.engine_loop import run_step
 from edgellm.runtime.generation import Generation
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.types import Attempt, RequestId
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.runtime.conftest import VOCAB, one_by_one, tiny_engine, tiny_pool
 
 GREEDY = SamplingParams(seed=0)
@@ -61,7 +62,7 @@ arrivals = st.lists(
 @given(arrivals, limits, st.integers(1, 100), st.integers(1, 64))
 def test_prefill_reads_every_token_of_every_prompt_once(arriving, limits, max_batch_tokens, chunk_rows):
     batcher = PrefillBatcher(limits, max_batch_tokens=max_batch_tokens, chunk_rows=chunk_rows)
-    read = {number: 0 for number in range(len(arriving))}
+    read = dict.fromkeys(range(len(arriving)), 0)
     finished: set[int] = set()
     removed: set[int] = set()
     for step_number in range(2000):
@@ -211,7 +212,7 @@ def test_catching_up_does_not_starve_and_is_not_starved():
                 attempt=attempt(number), prompt=known[:1], generated=known, blocks=known, generation=generation(1000)
             )
         )
-    served = {number: 0 for number in range(5)}
+    served = dict.fromkeys(range(5), 0)
     for _ in range(50):
         step = batcher.plan()
         assert step is not None
