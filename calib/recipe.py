@@ -1,5 +1,6 @@
 """What to quantise, and to what: the options of a run, and the precision each linear of a graph gets."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -7,7 +8,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.engines.graph import Graph, Int4, Int8, Linear, Precision, linears
+from edgellm.engines.graph import Embed, Graph, Int4, Int8, Linear, Op, Precision, linears
 
 GROUP_SIZES: Final = (128, 64, 32)
 
@@ -46,10 +47,28 @@ class QuantizeOptions:
             raise ValueError(f"{self.outliers} outlier channels: must be an even number, 0 or more")
 
 
+def quantized_graph(graph: Graph, options: QuantizeOptions) -> Graph:
+    """An all-half graph with the precisions that decode engines have; known before anything is calibrated."""
+
+    def lower(op: Op) -> Op:
+        match op:
+            case Embed():
+                return dataclasses.replace(op, precision=Int8())
+            case Linear():
+                return dataclasses.replace(op, precision=decode_precision(op, graph, options))
+            case _:
+                return op
+
+    return dataclasses.replace(graph, ops=tuple(map(lower, graph.ops)))
+
+
 def decode_precision(linear: Linear, graph: Graph, options: QuantizeOptions) -> Precision:
-    """The head is int8; any other linear int4, or int8 where no group size divides its input."""
+    """Int4, or int8 where no group size divides the input. The head is int8 with activations in half precision: its
+    input has outlier channels, which int8 weights cannot set apart."""
+    if linear.out == graph.output:
+        return Int8(act_bits=16)
     group_size = largest_group_size(linear.in_features, options.group_size)
-    if linear.out == graph.output or group_size is None:
+    if group_size is None:
         return Int8()
     outliers = min(options.outliers, linear.in_features // 4 * 2)
     return Int4(group_size=group_size, act_bits=options.act_bits, outliers=outliers)
