@@ -2,8 +2,13 @@
 
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace edgellm {
@@ -16,6 +21,9 @@ EDGELLM_DECLARE(portable)
 #if defined(__x86_64__)
 EDGELLM_DECLARE(avx2)
 EDGELLM_DECLARE(avx512)
+#if defined(__linux__)
+EDGELLM_DECLARE(amx)
+#endif
 #elif defined(__aarch64__)
 EDGELLM_DECLARE(neon)
 #endif
@@ -38,6 +46,16 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
+#if defined(__linux__)
+// The kernel hands the 8 KiB of tile state to a process only on request (Linux, Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 &&
+         (edx & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 #elif defined(__aarch64__)
 bool has_neon_dot() {
 #if defined(__linux__)
@@ -53,6 +71,9 @@ bool always() { return true; }
 
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
+#if defined(__linux__)
+    {"amx", amx::kernel_table, has_amx},
+#endif
     {"avx512", avx512::kernel_table, has_avx512},
     {"avx2", avx2::kernel_table, has_avx2},
 #elif defined(__aarch64__)

@@ -55,13 +55,24 @@ void walk_rows(const LinearArgs& args, std::int64_t panel) {
   }
 }
 
-// Few rows leave registers free: then more panels at a time hide the latency of the sums.
+// One or two rows leave registers free: more panels at a time hide the latency of the sums.
+inline constexpr int kFewRowsPanels = 4;
+
+template <class Tile>
+void walk_few_rows(const LinearArgs& args, std::int64_t panel) {
+  if (args.rows == 2) {
+    Tile::template run<2, kFewRowsPanels>(args, 0, panel);
+  } else if (args.rows == 1) {
+    Tile::template run<1, kFewRowsPanels>(args, 0, panel);
+  }
+}
+
 template <class Tile>
 void walk_panels(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   std::int64_t panel = begin;
   if (args.rows <= 2) {
-    for (; panel + 4 <= end; panel += 4) {
-      walk_rows<Tile, 4>(args, panel);
+    for (; panel + kFewRowsPanels <= end; panel += kFewRowsPanels) {
+      walk_few_rows<Tile>(args, panel);
     }
   }
   for (; panel + kTilePanels <= end; panel += kTilePanels) {
