@@ -9,7 +9,7 @@ import msgspec
 from edgellm.builder.checkpoint.errors import DOWNLOAD_AGAIN, CheckpointError
 from edgellm.builder.checkpoint.safetensors import SafetensorsFiles
 from edgellm.builder.checkpoint.tokenizer import TokenizerFiles, read_generation
-from edgellm.builder.checkpoint.torch_model import load_causal_lm
+from edgellm.builder.checkpoint.torch_model import load_folder
 
 _SIDE_FILES = (
     "config.json",
@@ -47,7 +47,7 @@ class HfFolder:
         )
 
     def load_torch(self) -> Any:
-        return load_causal_lm(self.path)
+        return load_folder(self.path)
 
     def _tokenizer_json(self) -> str:
         path = self.path / "tokenizer.json"

@@ -10,7 +10,7 @@ from edgellm.builder.checkpoint.gguf_config import read_gguf_config
 from edgellm.builder.checkpoint.gguf_tensors import GgufTensors
 from edgellm.builder.checkpoint.gguf_tokenizer import read_gguf_tokenizer
 from edgellm.builder.checkpoint.tokenizer import TokenizerFiles
-from edgellm.builder.checkpoint.torch_model import load_causal_lm
+from edgellm.builder.checkpoint.torch_model import load_tensors
 
 _MAGIC = b"GGUF"
 
@@ -32,7 +32,7 @@ class GgufFile:
         return read_gguf_tokenizer(self.path, self._field)
 
     def load_torch(self) -> Any:
-        return load_causal_lm(self.path.parent, gguf_file=self.path.name)
+        return load_tensors(self.raw_config, self.tensors.read)
 
     def _field(self, name: str) -> Any:
         """A metadata value, or None. Decoded on demand: vocabularies are long."""

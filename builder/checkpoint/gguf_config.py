@@ -9,7 +9,7 @@ from edgellm.builder.checkpoint.errors import CheckpointError
 Field: TypeAlias = Callable[[str], Any]
 """A metadata value by its key, or None."""
 
-_ARCHITECTURES = ("llama", "qwen2")
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _USE_FOLDER = "pass the folder of the original Hugging Face model instead"
 
 
@@ -43,8 +43,11 @@ def _hugging_face_config(architecture: str, field: Field, tensor_names: Set[str]
         return field(f"{architecture}.{name}")
 
     tokens = field("tokenizer.ggml.tokens")
-    return {
+    config = {
         "model_type": architecture,
+        "architectures": [_ARCHITECTURES[architecture]],
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
         "hidden_size": model_field("embedding_length"),
         "intermediate_size": model_field("feed_forward_length"),
         "num_hidden_layers": model_field("block_count"),
@@ -58,3 +61,4 @@ def _hugging_face_config(architecture: str, field: Field, tensor_names: Set[str]
         "attention_bias": "blk.0.attn_q.bias" in tensor_names,
         "tie_word_embeddings": "output.weight" not in tensor_names,
     }
+    return {name: value for name, value in config.items() if value is not None}

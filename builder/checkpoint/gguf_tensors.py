@@ -38,10 +38,10 @@ class GgufTensors:
         return None if tensor is None else tuple(int(size) for size in reversed(tensor.shape))
 
     def read(self, name: str) -> FloatArray:
-        """The tensor as float32."""
+        """The tensor as float32, never a view of the file."""
         gguf_name = _gguf_name(name)
         tensor = self._tensors[gguf_name]
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(self.shape(name))
+        values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(self.shape(name))
         heads = self._rotary_heads.get(gguf_name.split(".")[-2])
         return values if heads is None else _to_half_split(values, heads)
 
@@ -50,8 +50,8 @@ def _permuted_heads(raw_config: Mapping[str, Any]) -> dict[str, int]:
     """Heads of the tensors whose rows llama.cpp interleaves for its rope: q and k of Llama only."""
     if raw_config["model_type"] != "llama":
         return {}
-    num_heads = raw_config["num_attention_heads"]
-    return {"attn_q": num_heads, "attn_k": raw_config["num_key_value_heads"] or num_heads}
+    num_heads = raw_config.get("num_attention_heads", 1)
+    return {"attn_q": num_heads, "attn_k": raw_config.get("num_key_value_heads", num_heads)}
 
 
 def _to_half_split(values: FloatArray, heads: int) -> FloatArray:

@@ -7,7 +7,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from edgellm.builder.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from edgellm.builder.models import build_graph
@@ -34,6 +36,33 @@ def test_real_model_computes_what_transformers_computes(
     logits = run_sequence(oracle, tokens, [10, len(tokens) - 11, 1])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-4)
     assert "Paris" in tokenizer.decode([int(logits[-1].argmax())])
+
+
+@pytest.mark.slow
+def test_real_model_as_transformers_reads_the_file(
+    smollm2: Path, smollm2_checkpoint: Checkpoint, torch_logits: Callable[..., Any]
+) -> None:
+    """The same logits from transformers' own reader, dequantiser and row order."""
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    tokens = np.arange(100, 140, dtype=np.int32)
+    np.testing.assert_array_equal(
+        torch_logits(smollm2_checkpoint.load_torch(), tokens), torch_logits(theirs.eval(), tokens)
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_written_model_as_transformers_reads_the_file(
+    architecture: str, tmp_path: Path, run_sequence: Callable[..., Any], torch_logits: Callable[..., Any]
+) -> None:
+    rows = {"q": SIZES["heads"], "k": SIZES["kv_heads"], "v": SIZES["kv_heads"]}
+    biases = {f"blk.0.attn_{part}.bias": np.arange(4 * n, dtype=np.float32) for part, n in rows.items()}
+    write_gguf(tmp_path / "model.gguf", architecture=architecture, extra=biases if architecture == "qwen2" else {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
+    tokens = np.random.default_rng(3).integers(0, SIZES["vocab"], 40).astype(np.int32)
+    oracle = float32_oracle(build_graph(checkpoint.config), checkpoint.weights, kv_blocks=2)
+    np.testing.assert_allclose(run_sequence(oracle, tokens, [40]), torch_logits(theirs, tokens), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(torch_logits(checkpoint.load_torch(), tokens), torch_logits(theirs, tokens))
 
 
 def test_real_tokenizer(smollm2_checkpoint: Checkpoint, tmp_path: Path) -> None:
