@@ -1,7 +1,7 @@
 """A quantised model on disk: all arrays in `weights.safetensors`, the graph and the weights' forms in `graph.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -24,6 +24,7 @@ from edgellm.engines.graph import (
     Linear,
     Norm,
     Op,
+    Precision,
     Rope,
     SelectRows,
     WeightName,
@@ -34,10 +35,10 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 _ARRAYS: Final = "weights.safetensors"
 _INDEX: Final = "graph.json"
-_OPS: Final = {
+_OPS: Final[dict[str, Callable[..., Op]]] = {
     cls.__name__: cls for cls in (Embed, Norm, Linear, Rope, Attention, Activation, Add, SelectRows, AllReduce)
 }
-_PRECISIONS: Final = {"half": Half, "int8": Int8, "int4": Int4}
+_PRECISIONS: Final[dict[str, Callable[..., Precision]]] = {"half": Half, "int8": Int8, "int4": Int4}
 
 
 class StoredWeightsError(ValueError):
@@ -71,7 +72,7 @@ def load_quantized(path: Path) -> tuple[Graph, dict[WeightName, Weight]]:
 def _parts(weight: Weight) -> Arrays:
     match weight:
         case Int4Weight():
-            parts = {
+            parts: Arrays = {
                 "q": weight.q,
                 "scale": weight.scale,
                 "outlier_columns": weight.outlier_columns,
@@ -110,7 +111,9 @@ def _graph(fields: dict[str, Any]) -> Graph:
 
 
 def _op(fields: dict[str, Any]) -> Op:
-    own = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if name != "op"}
+    own: dict[str, Any] = {name: value for name, value in fields.items() if name != "op"}
+    if "inv_freq" in own:
+        own["inv_freq"] = tuple(own["inv_freq"])
     if "precision" in own:
         own["precision"] = _PRECISIONS[own["precision"]["kind"]](**own["precision"])
     return _OPS[fields["op"]](**own)
