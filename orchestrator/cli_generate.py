@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 
 import msgspec
-from google.protobuf.json_format import MessageToDict
 
 from edgellm.orchestrator.client import ClientError, connect, events
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
@@ -146,15 +145,20 @@ def _check(finished: inference_pb2.Finished) -> int:
 
 
 def _as_dict(answer: Answer) -> dict[str, object]:
-    finished = MessageToDict(
-        answer.finished, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
+    finished, timing, kv = answer.finished, answer.finished.timing, answer.finished.kv
     return {
-        **finished,
         "request_id": answer.accepted.request_id,
         "seed": answer.accepted.seed,
         "text": answer.text,
         "token_ids": [token.token_id for token in answer.tokens],
+        "reason": inference_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
+        "message": finished.message,
+        "prompt_tokens": finished.prompt_tokens,
+        "generated_tokens": finished.generated_tokens,
+        "prefill_path": inference_pb2.PrefillPath.Name(finished.prefill_path).removeprefix("PREFILL_PATH_").lower(),
+        "timing": {field.name: getattr(timing, field.name) for field in timing.DESCRIPTOR.fields},
+        "kv": {field.name: getattr(kv, field.name) for field in kv.DESCRIPTOR.fields},
+        "takeovers": finished.takeovers,
     }
 
 

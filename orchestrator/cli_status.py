@@ -15,11 +15,14 @@ REFRESH_S = 0.5
 CALL_TIMEOUT_S = 5.0
 MIB = 1 << 20
 _COLOURS = {"ready": "green", "suspect": "yellow", "dead": "red"}
-_COLUMNS = ("node", "role", "device", "engines", "state", "running", "waiting", "KV free", "RSS MiB", "shared", "steps")
+_COLUMNS = ("node", "role", "device", "engines", "state", "run", "wait", "KV free", "RSS MiB", "shared", "steps")
+_WIDTH_IN_A_FILE = 160
 
 
 def status(args: argparse.Namespace) -> int:
     console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH_IN_A_FILE
     with connect(args.server) as stub:
         if not args.watch:
             console.print(_render(_fetch(stub)))

@@ -1,6 +1,5 @@
 """The client side of the orchestrator: edgellm.v1.Inference."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.events import RequestEnded
 from edgellm.orchestrator.core.nodes import Node
-from edgellm.orchestrator.core.values import RequestId, RequestSpec
+from edgellm.orchestrator.core.values import RequestId, RequestSpec, SampledToken
 from edgellm.orchestrator.driver import ClientInbox, Driver
 from edgellm.orchestrator.text import AnswerText
 from edgellm.orchestrator.validation import InvalidRequestError, RequestReader
@@ -34,19 +33,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._bundle = bundle
         self._reader = reader
 
-    async def Generate(  # noqa: N802
+    async def Generate(  # type: ignore[override]  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> None:
+        """Writes instead of yielding, so that a disconnect is raised here, wherever this stands."""
         spec = await self._read(request, context)
         inbox = self._driver.submit(spec)
         first = await inbox.get()
         if isinstance(first, commands.RejectRequest):
             await _reject(first, context)
         try:
-            yield inference_pb2.GenerateResponse(accepted=_accepted(spec))
+            await context.write(inference_pb2.GenerateResponse(accepted=_accepted(spec)))
             answer = AnswerText(self._reader.tokenizer.decode, request.stop, self._silent_tokens(spec))
-            async for response in self._answer(spec, inbox, answer):
-                yield response
+            await self._answer(spec, inbox, answer, context)
         finally:
             self._driver.post(RequestEnded(request_id=spec.request_id, reason="cancelled"))
 
@@ -83,8 +82,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return self._reader.tokenizer.special_token_ids | frozenset(spec.generation.stop_token_ids)
 
     async def _answer(
-        self, spec: RequestSpec, inbox: ClientInbox, answer: AnswerText
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self, spec: RequestSpec, inbox: ClientInbox, answer: AnswerText, context: GenerateContext
+    ) -> None:
         """Tokens and the end of one answer. A stop string ends it here; what comes after is dropped."""
         sent = 0
         while True:
@@ -94,15 +93,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     text = answer.feed(token.token_id)
                     if answer.stopped:
                         self._driver.post(RequestEnded(request_id=spec.request_id, reason="stop"))
-                    message = inference_pb2.Token(
-                        index=token.index, token_id=token.token_id, text=text, logprob=token.logprob
-                    )
-                    yield inference_pb2.GenerateResponse(token=message)
+                    await context.write(_token(token, text))
                 case commands.FinishRequest(reason=reason, message=message, stats=stats):
                     text = answer.flush()
-                    reason = "stop" if answer.stopped else reason
                     stats = replace(stats, generated_tokens=sent)
-                    yield inference_pb2.GenerateResponse(finished=finished_to_proto(reason, message, stats, text))
+                    finished = finished_to_proto("stop" if answer.stopped else reason, message, stats, text)
+                    await context.write(inference_pb2.GenerateResponse(finished=finished))
                     return
                 case _:
                     pass
@@ -118,6 +114,11 @@ def _accepted(spec: RequestSpec) -> inference_pb2.Accepted:
     return inference_pb2.Accepted(
         request_id=spec.request_id, prompt_tokens=len(spec.prompt), seed=spec.generation.sampling.seed
     )
+
+
+def _token(token: SampledToken, text: str) -> inference_pb2.GenerateResponse:
+    message = inference_pb2.Token(index=token.index, token_id=token.token_id, text=text, logprob=token.logprob)
+    return inference_pb2.GenerateResponse(token=message)
 
 
 def _node_status(node: Node, now_s: float) -> inference_pb2.NodeStatus:

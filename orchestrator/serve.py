@@ -9,10 +9,12 @@ import sys
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from prometheus_client import start_http_server
 
+from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import BundleError, ServedBundle, open_bundle
 from edgellm.orchestrator.local_nodes import LocalNode, NodeLauncher, planned_nodes
 from edgellm.orchestrator.policies import POLICIES
@@ -75,12 +77,8 @@ async def _serve(config: ServeConfig) -> None:
     async with run_orchestrator(bundle, core_config(bundle), POLICIES[config.policy](), config.listen) as running:
         _start_metrics(config, running)
         nodes = planned_nodes(bundle.index.plan) if config.local_nodes else []
-        async with asyncio.TaskGroup() as tasks:
-            owned = [tasks.create_task(task) for task in _node_tasks(config, running, nodes)]
-            owned.append(tasks.create_task(_announce(config, bundle, running, nodes)))
+        async with beside(*_node_tasks(config, running, nodes), _announce(config, bundle, running, nodes)):
             await stop.wait()
-            for task in owned:
-                task.cancel()
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -101,8 +99,10 @@ def _start_metrics(config: ServeConfig, running: Orchestrator) -> None:
 
 def _node_tasks(
     config: ServeConfig, running: Orchestrator, nodes: Sequence[LocalNode]
-) -> list[Coroutine[object, object, None]]:
-    options = () if config.threads is None else ("--threads", str(config.threads))
+) -> list[Coroutine[Any, Any, None]]:
+    options: tuple[str, ...] = ("--log-level", "info" if config.verbose else "warning")
+    if config.threads is not None:
+        options += ("--threads", str(config.threads))
     launcher = NodeLauncher(orchestrator=running.address, bundle=config.bundle, options=options)
     return [launcher.keep_running(node) for node in nodes]
 

@@ -1,8 +1,8 @@
 """One process's worth of orchestrator: core, driver, and the gRPC server with all its services."""
 
-import asyncio
 import contextlib
 import secrets
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +13,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.cluster_server import ClusterServicer
 from edgellm.orchestrator.core.config import CoreConfig
@@ -22,6 +23,7 @@ from edgellm.orchestrator.driver import Driver
 from edgellm.orchestrator.gateway import InferenceServicer
 from edgellm.orchestrator.metrics import Metrics
 from edgellm.orchestrator.tokenizer import load_tokenizer
+from edgellm.orchestrator.undecodable import RefuseUndecodable
 from edgellm.orchestrator.validation import RequestReader
 from edgellm.runtime.rpc import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -73,18 +75,15 @@ async def run_orchestrator(
         new_request_id=lambda: uuid.uuid4().hex,
         new_seed=lambda: secrets.randbits(63),
     )
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[RefuseUndecodable()])
     cluster_pb2_grpc.add_ClusterServicer_to_server(ClusterServicer(driver), server)
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(driver, bundle, reader), server)
     set_status = _add_health_and_reflection(server)
     address = _listen(server, listen)
     await server.start()
     try:
-        async with asyncio.TaskGroup() as tasks:
-            owned = [tasks.create_task(driver.run_ticks()), tasks.create_task(_report_health(driver, set_status))]
+        async with beside(driver.run_ticks(), _report_health(driver, set_status)):
             yield Orchestrator(driver=driver, address=address)
-            for task in owned:
-                task.cancel()
     finally:
         await server.stop(STOP_GRACE_S)
 
@@ -99,12 +98,16 @@ def _add_health_and_reflection(server: grpc.aio.Server) -> SetStatus:
 
 
 def _listen(server: grpc.aio.Server, listen: str) -> str:
-    host = listen.rpartition(":")[0]
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ListenError(f"--listen {listen!r} must be host:port")
+    problem = f"cannot listen on {listen}: is the port in use? Choose another with --listen"
     try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise ListenError(f"cannot listen on {listen}: is the port in use? Choose another with --listen") from error
-    return f"{host}:{port}"
+        with socket.create_server((host, int(port))):
+            pass  # asked first, because gRPC logs a failure in several lines of its own
+        return f"{host}:{server.add_insecure_port(listen)}"
+    except (OSError, OverflowError, RuntimeError) as error:
+        raise ListenError(f"{problem} ({error})") from error
 
 
 async def _report_health(driver: Driver, set_status: SetStatus) -> None:

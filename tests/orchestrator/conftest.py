@@ -9,6 +9,8 @@ from pathlib import Path
 import grpc.aio
 import msgspec
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from edgellm.orchestrator.bundle import ServedBundle, open_bundle
 from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.values import ConnectionId, EngineProfile, NodeId, NodeProfile, Role
@@ -18,7 +20,6 @@ from edgellm.orchestrator.sim.device import DeviceModel, LinkModel
 from edgellm.orchestrator.sim.live import LiveNode
 from edgellm.orchestrator.sim.node import SimNode
 from edgellm.runtime.rpc import inference_pb2_grpc
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 BLOCK_TOKENS = 32
 LAYERS = 4
@@ -81,7 +82,7 @@ class LiveCluster:
     async def quiet(self) -> None:
         """Until no node holds anything and the core knows it. Raises TimeoutError if that does not happen."""
         async with asyncio.timeout(10):
-            while not self._is_quiet():
+            while not self._is_quiet():  # noqa: ASYNC110  # an event would have to come from the parts under test
                 await asyncio.sleep(0.02)
         self.orchestrator.driver.core.check_integrity()
 
@@ -138,19 +139,20 @@ def live_cluster(
     async def run(*nodes: SimNode, **bounds: float) -> AsyncIterator[LiveCluster]:
         nodes = nodes or (make_node("p0", "prefill"), make_node("d0", "decode"))
         config: CoreConfig = dataclasses.replace(core_config(bundle), **bounds)
-        async with run_orchestrator(bundle, config, DualPool(), "127.0.0.1:0") as orchestrator:
-            async with grpc.aio.insecure_channel(orchestrator.address) as channel:
-                stub = inference_pb2_grpc.InferenceStub(channel)
-                cluster = _cluster(orchestrator, stub)
-                for node in nodes:
-                    cluster.add_node(node)
-                await asyncio.gather(*(node.joined.wait() for node in cluster.nodes.values()))
-                try:
-                    yield cluster
-                finally:
-                    for task in cluster.tasks.values():
-                        task.cancel()
-                    await asyncio.gather(*cluster.tasks.values(), return_exceptions=True)
+        async with (
+            run_orchestrator(bundle, config, DualPool(), "127.0.0.1:0") as orchestrator,
+            grpc.aio.insecure_channel(orchestrator.address) as channel,
+        ):
+            cluster = _cluster(orchestrator, inference_pb2_grpc.InferenceStub(channel))
+            for node in nodes:
+                cluster.add_node(node)
+            await asyncio.gather(*(node.joined.wait() for node in cluster.nodes.values()))
+            try:
+                yield cluster
+            finally:
+                for task in cluster.tasks.values():
+                    task.cancel()
+                await asyncio.gather(*cluster.tasks.values(), return_exceptions=True)
 
     return run
 
