@@ -1,5 +1,6 @@
 """From a checkpoint to a bundle, step by step."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,7 +49,7 @@ def build(options: BuildOptions, *, show_plan: Callable[[BuildPlan], None], prog
     bundle = write_bundle(
         options.output, _describe(context, planned, quality), engines, context.checkpoint.write_tokenizer
     )
-    steps = (decode.step, *(step for _, step in compiled), quality_step)
+    steps = (*decode.steps, *(step for _, step in compiled), quality_step)
     return BuildReport(bundle=bundle, notes=planned.notes, steps=tuple(step for step in steps if step is not None))
 
 
@@ -59,6 +60,7 @@ def _open(options: BuildOptions, progress: Progress) -> BuildContext:
     return BuildContext(
         options=options,
         checkpoint=checkpoint,
+        load_torch=functools.cache(checkpoint.load_torch),
         max_seq_len=options.sequence_limit(config.max_seq_len),
         contract=KvContract(
             num_layers=config.num_layers, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=options.kv_dtype

@@ -1,6 +1,8 @@
 """What every step of one build has in common."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from edgellm.builder.backends import Compiler
 from edgellm.builder.checkpoint import Checkpoint
@@ -17,6 +19,8 @@ class BuildContext:
     options: BuildOptions
     checkpoint: Checkpoint
     contract: KvContract
+    load_torch: Callable[[], Any]
+    """The checkpoint as a `transformers` model, float32, loaded once."""
     max_seq_len: int
     compiler: Compiler
     cache: StepCache

@@ -1,20 +1,23 @@
 """The two versions of a model that a bundle carries: half precision for prefill, quantised for decode."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+
+import numpy as np
 
 from edgellm.builder.context import BuildContext
-from edgellm.builder.errors import BuildError
 from edgellm.builder.files import text_sha256
 from edgellm.builder.models import build_graph
 from edgellm.builder.steps import StepResult, code_sha256
-from edgellm.calib.recipe import QuantizeOptions, decode_precision
-from edgellm.engines.graph import Embed, Graph, Int8, Linear, Op
+from edgellm.builder.text import TextSource, read_windows, text_windows
+from edgellm.calib.recipe import quantized_graph
+from edgellm.engines.graph import Graph
 from edgellm.engines.weights import WeightStore
 
-_CODE: Final = ("edgellm.builder.checkpoint", "edgellm.builder.models", "edgellm.calib")
+CALIBRATION_WINDOWS = 16
+WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,45 +29,78 @@ class Recipe:
     """Identifies the weights: sha256 of all that they were made from."""
     load_weights: Callable[[], WeightStore]
     """Called only if an engine has to be compiled."""
-    step: StepResult | None = None
-    """How they came about, unless they are the checkpoint's own."""
-
-
-def half_recipe(context: BuildContext) -> Recipe:
-    """The checkpoint's own weights."""
-    checkpoint = context.checkpoint
-    return Recipe(
-        graph=build_graph(checkpoint.config),
-        key=text_sha256(f"{checkpoint.sha256} {code_sha256(*_CODE)}"),
-        load_weights=lambda: checkpoint.weights,
-    )
+    steps: tuple[StepResult, ...] = ()
+    """How they came about; none for the checkpoint's own."""
 
 
 def decode_graph(context: BuildContext) -> Graph:
     """The whole model in the precisions that decode engines will have; known before anything is calibrated."""
     graph = build_graph(context.checkpoint.config)
-    if context.options.precision_decode == "half":
-        return graph
-    return quantized_graph(graph, context.options.quantize)
+    return graph if context.options.precision_decode == "half" else quantized_graph(graph, context.options.quantize)
 
 
-def quantized_graph(graph: Graph, options: QuantizeOptions) -> Graph:
-    """`graph` with linears and embedding as the decode recipe says."""
-
-    def lower(op: Op) -> Op:
-        match op:
-            case Embed():
-                return dataclasses.replace(op, precision=Int8())
-            case Linear():
-                return dataclasses.replace(op, precision=decode_precision(op, graph, options))
-            case _:
-                return op
-
-    return dataclasses.replace(graph, ops=tuple(map(lower, graph.ops)))
+def half_recipe(context: BuildContext) -> Recipe:
+    """The checkpoint's own weights."""
+    checkpoint = context.checkpoint
+    code = code_sha256("edgellm.builder.checkpoint", "edgellm.builder.models")
+    return Recipe(
+        graph=build_graph(checkpoint.config),
+        key=text_sha256(f"{checkpoint.sha256} {code}"),
+        load_weights=lambda: checkpoint.weights,
+    )
 
 
 def decode_recipe(context: BuildContext) -> Recipe:
     """Quantised weights from the cache, or quantised now; the checkpoint's own where decode is in half precision."""
     if context.options.precision_decode == "half":
         return half_recipe(context)
-    raise BuildError("int4 decode engines need calibration, which is not here yet")
+    text = text_windows(context, calibration_source(context))
+    inputs = {
+        "weights": half_recipe(context).key,
+        "text": text.key,
+        "options": repr(context.options.quantize),
+        "code": code_sha256("edgellm.calib"),
+    }
+    step = context.cache.run("quantize", inputs, lambda folder: _quantize(context, text, folder))
+    return Recipe(
+        graph=decode_graph(context),
+        key=step.key,
+        load_weights=functools.cache(lambda: _load(step.folder)),
+        steps=(text, step),
+    )
+
+
+def calibration_source(context: BuildContext) -> TextSource:
+    """Windows no longer than the model's positions."""
+    return TextSource(
+        step="calibration-text",
+        file=context.options.calib_data,
+        skip=0,
+        count=CALIBRATION_WINDOWS,
+        tokens=min(WINDOW_TOKENS, context.checkpoint.config.max_seq_len),
+        seed=context.options.quantize.seed,
+    )
+
+
+def _quantize(context: BuildContext, text: StepResult, folder: Path) -> None:
+    import torch
+
+    from edgellm.calib.quantize import quantize
+    from edgellm.calib.store import save_quantized
+
+    graph, weights = quantize(
+        build_graph(context.checkpoint.config),
+        context.checkpoint.weights,
+        context.load_torch(),
+        torch.from_numpy(np.ascontiguousarray(read_windows(text))),
+        context.checkpoint.source_of,
+        context.options.quantize,
+        context.progress,
+    )
+    save_quantized(folder, graph, weights)
+
+
+def _load(folder: Path) -> WeightStore:
+    from edgellm.calib.store import load_quantized
+
+    return load_quantized(folder)[1]

@@ -12,8 +12,7 @@ from edgellm.builder.cluster import LOCAL_CLUSTER, Cluster, Device, parse_cluste
 from edgellm.builder.costs import engine_costs
 from edgellm.builder.models import build_graph, read_config
 from edgellm.builder.plan import BuildPlan, PlanInputs, make_plan, precision_label
-from edgellm.builder.recipes import quantized_graph
-from edgellm.calib.recipe import QuantizeOptions
+from edgellm.calib.recipe import QuantizeOptions, quantized_graph
 from edgellm.engines.bundle import Placement
 from edgellm.engines.kv import KvContract
 

@@ -1,0 +1,90 @@
+"""Token windows to calibrate and to measure on: from a file, or sampled from the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from edgellm.builder.context import BuildContext
+from edgellm.builder.steps import StepResult, code_sha256
+from edgellm.engines.bundle import file_sha256
+
+_CODE: Final = ("edgellm.builder.checkpoint", "edgellm.builder.models", "edgellm.calib")
+_FILE: Final = "windows.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Which text."""
+
+    step: str
+    file: Path | None
+    """None: sampled from the model."""
+    skip: int
+    """Windows of the file that something else uses."""
+    count: int
+    tokens: int
+    """Per window."""
+    seed: int
+
+    @property
+    def description(self) -> str:
+        return "sampled from the model" if self.file is None else self.file.name
+
+
+def text_windows(context: BuildContext, source: TextSource) -> StepResult:
+    """Windows of the text, kept in the cache; `read_windows` reads them.
+
+    Raises CalibrationTextError for a file that has too little text or cannot be read.
+    """
+
+    def make(folder: Path) -> None:
+        windows = _sample(context, source) if source.file is None else _read(context, source, source.file)
+        np.save(folder / _FILE, windows)
+
+    inputs = {
+        "checkpoint": context.checkpoint.sha256,
+        "text": f"seed {source.seed}" if source.file is None else file_sha256(source.file),
+        "windows": f"{source.skip}, {source.count} of {source.tokens}",
+        "code": code_sha256(*_CODE),
+    }
+    return context.cache.run(source.step, inputs, make)
+
+
+def read_windows(step: StepResult) -> npt.NDArray[np.int64]:
+    """[count, tokens] token ids."""
+    windows: npt.NDArray[np.int64] = np.load(step.folder / _FILE)
+    return windows
+
+
+def _read(context: BuildContext, source: TextSource, file: Path) -> npt.NDArray[np.int64]:
+    from edgellm.calib.text import windows_from_file
+
+    tokenizer = Tokenizer.from_str(context.checkpoint.tokenizer.tokenizer_json)
+    windows = windows_from_file(
+        file,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        context.checkpoint.generation.bos_token_id,
+        skip=source.skip,
+        count=source.count,
+        tokens=source.tokens,
+    )
+    return windows.numpy()
+
+
+def _sample(context: BuildContext, source: TextSource) -> npt.NDArray[np.int64]:
+    from edgellm.calib.sample import sample_windows
+
+    windows = sample_windows(
+        context.load_torch(),
+        bos_token_id=context.checkpoint.generation.bos_token_id,
+        vocab_size=context.checkpoint.config.vocab_size,
+        count=source.count,
+        tokens=source.tokens,
+        seed=source.seed,
+        progress=context.progress,
+    )
+    return windows.numpy()
