@@ -42,6 +42,7 @@ class EngineLoop:
         self._work = work
         self._on_step = on_step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._unfinished: Step | None = None
         self._between_steps = asyncio.Event()
         self._between_steps.set()
         self.progress = Progress()
@@ -59,18 +60,20 @@ class EngineLoop:
         await self._between_steps.wait()
 
     def close(self) -> None:
-        """Wait for the running step and end the thread."""
+        """Wait for the running step, whose outcome nobody wants any more, and end the thread."""
         self._thread.shutdown(wait=True)
+        if self._unfinished is not None:
+            self._node.step_abandoned(self._unfinished)
 
     async def _turn(self, lane: Lane) -> bool:
         step = self._node.next_step(lane, time.monotonic())
         if step is None:
             return False
+        self._unfinished = step
         self._between_steps.clear()
-        try:
-            await self._run_step(lane, step)
-        finally:
-            self._between_steps.set()
+        await self._run_step(lane, step)
+        self._unfinished = None
+        self._between_steps.set()
         return True
 
     async def _run_step(self, lane: Lane, step: Step) -> None:

@@ -205,6 +205,10 @@ class Node:
                 self._fail(attempt, "engine", message)
         self._answer_releases()
 
+    def step_abandoned(self, step: Step) -> None:
+        """The step's outcome will not be committed; nothing uses its blocks any more."""
+        self._ledger.unpin(step.attempts)
+
     # The KV exchange
 
     def admit(self, attempt: Attempt) -> bool:

@@ -120,10 +120,12 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         outcome = self._inbox.open(
             attempt, prompt_tokens=first.open.prompt_tokens, capacity_tokens=first.open.capacity_tokens
         )
-        await context.write(_ack(outcome, sequence_number=0, credit_bytes=self._config.window_bytes))
+        answer = _ack(outcome, sequence_number=0, credit_bytes=self._config.window_bytes)
         if not isinstance(outcome, Opened):
+            await context.write(answer)
             return
         try:
+            await context.write(answer)
             while (message := await self._read(context)) is not None:
                 await context.write(self._install(session.incoming, message.chunk))
         finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,6 +197,7 @@ class Orchestrator(cluster_pb2_grpc.ClusterServicer):
         self.address = ""
         self.joined = asyncio.Condition()
         self.refuse_with: str | None = None
+        self.server: grpc.aio.Server | None = None
 
     async def Join(self, request_iterator, context):  # noqa: N802
         hello = (await context.read()).hello
@@ -235,6 +236,7 @@ async def orchestrating(address: str = "127.0.0.1:0") -> AsyncIterator[Orchestra
     orchestrator = Orchestrator()
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     cluster_pb2_grpc.add_ClusterServicer_to_server(orchestrator, server)
+    orchestrator.server = server
     orchestrator.address = f"127.0.0.1:{server.add_insecure_port(address)}"
     await server.start()
     try:
@@ -252,17 +254,24 @@ class Running:
 
 @asynccontextmanager
 async def node(
-    orchestrator: Orchestrator, node_id: str, phase: Phase, *, blocks: int = 64, **options: object
+    orchestrator: Orchestrator,
+    node_id: str,
+    phase: Phase,
+    *,
+    blocks: int = 64,
+    contract: KvContract = CONTRACT,
+    lease_s: float = 5,
+    **options: object,
 ) -> AsyncIterator[Running]:
     """A node server on a tiny engine, joined; its blocks are all free again when it ends."""
     pool = tiny_pool(blocks)
     engines = NodeEngines(
-        bundle_sha256="tiny", contract=CONTRACT, half=tiny_engine("prefill", pool),
+        bundle_sha256="tiny", contract=contract, half=tiny_engine("prefill", pool),
         decode=tiny_engine("decode", pool) if phase == "decode" else None,
     )  # fmt: skip
     config = NodeConfig(
         node_id=NodeId(node_id), bundle=Path("tiny"), engine=f"{phase}-tiny",
-        join=JoinConfig(orchestrator=orchestrator.address, join_timeout_s=5, lease_s=5), **options,
+        join=JoinConfig(orchestrator=orchestrator.address, join_timeout_s=5, lease_s=lease_s), **options,
     )  # type: ignore[arg-type]  # fmt: skip
     server = NodeServer(config, engines)
     task = asyncio.create_task(server.run())
@@ -297,3 +306,56 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110  # it has no event
             await asyncio.sleep(0.005)
+
+
+def random_prompt(tokens: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB, tokens)]
+
+
+def prefill(request_id, prompt, wish, *, epoch=0, targets=(), degraded=False, generated=(), timeout_ms=5000):
+    return cluster_pb2.Prefill(
+        attempt=attempt(request_id, epoch),
+        prompt=prompt,
+        generation=wish,
+        targets=targets,
+        degraded=degraded,
+        generated=generated,
+        transfer_timeout_ms=timeout_ms,
+    )
+
+
+def decode(request_id, prompt, wish, generated, *, epoch=0, timeout_ms=5000):
+    return cluster_pb2.Decode(
+        attempt=attempt(request_id, epoch),
+        prompt=prompt,
+        generated=generated,
+        generation=wish,
+        kv_timeout_ms=timeout_ms,
+    )
+
+
+async def answer(reader: Running, writer: Running, request_id, prompt, wish, **options) -> list[int]:
+    """Run one request to its end, as an orchestrator would."""
+    targets = [] if reader is writer else [target(writer)]
+    reader.joined.send(prefill=prefill(request_id, prompt, wish, targets=targets, **options))
+    [done] = await reader.joined.wait_for("PrefillDone", request_id)
+    tokens = [done.first_token.token_id]
+    if done.first_token.finish_reason == 0:
+        writer.joined.send(decode=decode(request_id, prompt, wish, tokens))
+        rest = await writer.joined.wait_for("AttemptToken", request_id, wish.max_tokens - 1)
+        assert [one.token.index for one in rest] == list(range(1, wish.max_tokens))
+        tokens += [one.token.token_id for one in rest]
+    return tokens
+
+
+def cluster(test, **options):
+    """Run `test(orchestrator, prefill node, decode node)` on one event loop."""
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            orchestrator = await stack.enter_async_context(orchestrating())
+            reader = await stack.enter_async_context(node(orchestrator, "reader", "prefill", **options))
+            writer = await stack.enter_async_context(node(orchestrator, "writer", "decode"))
+            await test(orchestrator, reader, writer)
+
+    asyncio.run(run())
