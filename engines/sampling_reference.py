@@ -38,8 +38,9 @@ def sample_reference(
     histories: Sequence[npt.NDArray[np.int32]],
     indices: Sequence[int],
 ) -> tuple[npt.NDArray[np.int32], FloatArray]:
-    """Same contract as `sampling.sample`."""
-    rows = [_sample_row(*row) for row in zip(logits, params, histories, indices, strict=True)]
+    """Same contract as `sampling.sample`. Logits may be so far apart that their difference is -infinity."""
+    with np.errstate(over="ignore"):
+        rows = [_sample_row(*row) for row in zip(logits, params, histories, indices, strict=True)]
     tokens, logprobs = zip(*rows, strict=True)
     return np.array(tokens, np.int32), np.array(logprobs, np.float32)
 
