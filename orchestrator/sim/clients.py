@@ -8,6 +8,9 @@ from edgellm.orchestrator.core.values import FinishReason, RequestId, RequestSpe
 from edgellm.orchestrator.sim.node import SimulationError
 from edgellm.orchestrator.sim.toy import expected_answer
 
+LATE_S = 0.1
+"""A deadline is enforced within this time."""
+
 
 @dataclass(kw_only=True)
 class ClientRequest:
@@ -41,7 +44,7 @@ class Clients:
                 _require(request.state == "sent", f"{command.request_id} was rejected in state {request.state}")
                 request.state = "rejected"
             case EmitToken():
-                _take_token(request, command)
+                _take_token(now_s, request, command)
             case FinishRequest():
                 _take_end(now_s, request, command)
 
@@ -52,8 +55,9 @@ class Clients:
         return [request for request in self.requests.values() if request.state == "finished"]
 
 
-def _take_token(request: ClientRequest, command: EmitToken) -> None:
-    name, index = command.request_id, len(request.tokens)
+def _take_token(now_s: float, request: ClientRequest, command: EmitToken) -> None:
+    name, index, deadline_s = command.request_id, len(request.tokens), request.spec.deadline_s
+    _require(deadline_s is None or now_s < deadline_s + LATE_S, f"{name} got token {index} after its deadline")
     _require(request.state == "accepted", f"{name} got a token in state {request.state}")
     _require(command.token.index == index, f"{name} got token {command.token.index} where {index} was due")
     _require(index < len(request.expected), f"{name} got more than its {len(request.expected)} tokens")

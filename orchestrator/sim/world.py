@@ -115,12 +115,16 @@ class World:
                 self._connections[command.connection].command(command)
 
     def _check_nodes(self) -> None:
-        """What a node holds, the core counts as used there."""
+        """What a node holds, the core counts as used there; who is silent for too long is not trusted."""
+        longest_s = self.core.state.config.dead_after_s + 3 * TICK_S
         for process in self.processes.values():
             node = process.node
             counted = self.core.state.nodes.get(node.connection) if node is not None else None
             if node is None or counted is None:
                 continue
+            silence_s = self.timeline.now_s - process.last_beat_s - self.trouble.extra_delay_s.get(process.name, 0.0)
+            if silence_s > longest_s:
+                raise SimulationError(f"{process.name} is silent for {silence_s:.2f} s and still counted as alive")
             for attempt in node.held_attempts():
                 if attempt not in counted.leases:
                     raise SimulationError(f"{process.name} holds {attempt}, which the core counts as free")
