@@ -1,7 +1,7 @@
 """From a checkpoint to a bundle, step by step."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -15,7 +15,8 @@ from edgellm.builder.options import BuildOptions
 from edgellm.builder.plan import BuildPlan, PlanInputs, make_plan
 from edgellm.builder.recipes import decode_graph, decode_recipe, half_recipe
 from edgellm.builder.steps import StepCache, StepResult
-from edgellm.calib.recipe import Progress
+from edgellm.builder.verify import measure
+from edgellm.calib.recipe import Progress, kept_at_int8
 from edgellm.engines.bundle import SCHEMA_VERSION, Bundle, ModelInfo, Quality
 from edgellm.engines.kv import KvContract
 
@@ -44,13 +45,25 @@ def build(options: BuildOptions, *, show_plan: Callable[[BuildPlan], None], prog
     compiled = [
         compile_planned(context, engine, half if engine.phase == "prefill" else decode) for engine in planned.engines
     ]
-    engines = [engine for engine, _ in compiled]
-    quality, quality_step = None, None
+    quality, quality_steps = measure(context, planned, half, decode) if options.verify else (None, ())
     bundle = write_bundle(
-        options.output, _describe(context, planned, quality), engines, context.checkpoint.write_tokenizer
+        options.output,
+        _describe(context, planned, quality),
+        [engine for engine, _ in compiled],
+        context.checkpoint.write_tokenizer,
     )
-    steps = (*decode.steps, *(step for _, step in compiled), quality_step)
-    return BuildReport(bundle=bundle, notes=planned.notes, steps=tuple(step for step in steps if step is not None))
+    return BuildReport(
+        bundle=bundle,
+        notes=(*planned.notes, *_summary(list(kept_at_int8(decode.graph)))),
+        steps=(*decode.steps, *(step for _, step in compiled), *quality_steps),
+    )
+
+
+def _summary(sentences: Sequence[str]) -> tuple[str, ...]:
+    """One line for what is mostly the same linear of every layer."""
+    if not sentences:
+        return ()
+    return (sentences[0] if len(sentences) == 1 else f"{sentences[0]}; and {len(sentences) - 1} more",)
 
 
 def _open(options: BuildOptions, progress: Progress) -> BuildContext:

@@ -45,17 +45,30 @@ def load_engine(
             f"engine {name} is for device class {spec.device_class!r} and this device is {device_class!r}; "
             "build a bundle whose cluster.toml names this device's class"
         )
+    return create_engine(bundle_dir / name, spec, contract=kv, pool=pool, kv_blocks=kv_blocks, threads=threads)
+
+
+def create_engine(
+    folder: Path,
+    spec: EngineSpec,
+    *,
+    contract: KvContract,
+    pool: HostKvPool | None = None,
+    kv_blocks: int,
+    threads: int | None = None,
+) -> Engine:
+    """`load_engine` for an engine that is in no bundle yet, on whatever device; `contract` is the whole model's."""
     backend = _import_backend(spec)
     if spec.backend_version != backend.version:
         raise BundleError(
-            f"engine {name} was compiled by {spec.backend} backend {spec.backend_version}, "
+            f"engine {spec.name} was compiled by {spec.backend} backend {spec.backend_version}, "
             f"this one is {backend.version}; rebuild the bundle with edgellm-build"
         )
-    verify_files(bundle_dir / name, spec.files)
+    verify_files(folder, spec.files)
     if pool is None:
-        pool = HostKvPool(engine_contract(kv, spec), engine_layers(spec), kv_blocks)
-    _check_pool(pool, kv, spec)
-    return backend.create(bundle_dir / name, spec, pool, threads)
+        pool = HostKvPool(engine_contract(contract, spec), engine_layers(spec), kv_blocks)
+    _check_pool(pool, contract, spec)
+    return backend.create(folder, spec, pool, threads)
 
 
 def engine_layers(spec: EngineSpec) -> range:

@@ -1,0 +1,117 @@
+"""Measure what a bundle's engines make of text that they were not calibrated on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.builder.assignment import PlannedEngine
+from edgellm.builder.bundle_writer import CompiledEngine
+from edgellm.builder.compile import compile_planned
+from edgellm.builder.context import BuildContext
+from edgellm.builder.plan import BuildPlan
+from edgellm.builder.recipes import CALIBRATION_WINDOWS, WINDOW_TOKENS, Recipe
+from edgellm.builder.steps import StepResult, code_sha256
+from edgellm.builder.text import TextSource, read_windows, text_windows
+from edgellm.engines.base import Engine
+from edgellm.engines.bundle import Quality, file_sha256
+from edgellm.engines.load import create_engine
+from edgellm.engines.spec import Phase
+from edgellm.engines.weights import FloatArray
+
+EVALUATION_WINDOWS: Final = 24
+_FILE: Final = "quality.json"
+
+
+def measure(
+    context: BuildContext, planned: BuildPlan, half: Recipe, decode: Recipe
+) -> tuple[Quality, tuple[StepResult, ...]]:
+    """Perplexity and divergence of the prefill engine, the decode engine, and the two in turn.
+
+    Where the plan cuts the model into stages or ranks, engines with all layers are compiled for this: they compute the
+    same. Raises CalibrationTextError for a text that cannot be used.
+    """
+    source = evaluation_source(context)
+    text = text_windows(context, source)
+    prefill, prefill_step = _whole(context, planned, "prefill", half)
+    decoder, decode_step = _whole(context, planned, "decode", decode)
+    inputs = {
+        "prefill": prefill_step.key,
+        "decode": decode_step.key,
+        "text": f"{text.key} {source.description}",
+        "code": code_sha256("edgellm.calib", "edgellm.builder.checkpoint"),
+    }
+    step = context.cache.run(
+        "quality", inputs, lambda folder: _measure(context, prefill, decoder, text, source.description, folder)
+    )
+    quality = msgspec.json.decode((step.folder / _FILE).read_bytes(), type=Quality)
+    return quality, (text, step)
+
+
+def evaluation_source(context: BuildContext) -> TextSource:
+    """Text that calibration does not see: another file, later windows of the same file, or another seed."""
+    options = context.options
+    file = options.eval_data
+    shared = file and options.calib_data and file_sha256(file) == file_sha256(options.calib_data)
+    return TextSource(
+        step="evaluation-text",
+        file=file,
+        skip=CALIBRATION_WINDOWS if shared else 0,
+        count=EVALUATION_WINDOWS,
+        tokens=min(WINDOW_TOKENS, context.max_seq_len),
+        seed=options.quantize.seed + 1,
+    )
+
+
+def _whole(
+    context: BuildContext, planned: BuildPlan, phase: Phase, recipe: Recipe
+) -> tuple[CompiledEngine, StepResult]:
+    """An engine of that phase with all layers and heads."""
+    first = next(engine for engine in planned.engines if engine.phase == phase)
+    name = "prefill-tp0of1" if phase == "prefill" else "decode-pp0of1"
+    whole: PlannedEngine = dataclasses.replace(first, name=name, rank=0, world=1, graph=recipe.graph)
+    return compile_planned(context, whole, recipe)
+
+
+def _measure(
+    context: BuildContext,
+    prefill: CompiledEngine,
+    decode: CompiledEngine,
+    text: StepResult,
+    description: str,
+    folder: Path,
+) -> None:
+    from edgellm.calib.quality import measure_quality
+
+    windows = read_windows(text)
+    engines = [_load(context, engine, windows.shape[1]) for engine in (prefill, decode)]
+    quality = measure_quality(
+        reference=lambda tokens: _reference_logits(context, tokens),
+        prefill=engines[0],
+        decode=engines[1],
+        windows=windows,
+        text=description,
+        progress=context.progress,
+    )
+    for engine in engines:
+        engine.close()
+    (folder / _FILE).write_bytes(msgspec.json.encode(quality))
+
+
+def _load(context: BuildContext, engine: CompiledEngine, tokens: int) -> Engine:
+    """With KV for two windows, which the measurement needs at once."""
+    blocks = 2 * context.contract.blocks_for(tokens)
+    return create_engine(engine.folder, engine.spec, contract=context.contract, kv_blocks=blocks)
+
+
+def _reference_logits(context: BuildContext, tokens: npt.NDArray[np.int64]) -> FloatArray:
+    """Full precision, by `transformers`: [n, vocab_size]."""
+    import torch
+
+    with torch.inference_mode():
+        logits = context.load_torch()(torch.from_numpy(tokens)[None], use_cache=False).logits[0]
+    reference: FloatArray = logits[:, : context.checkpoint.config.vocab_size].float().numpy()
+    return reference
