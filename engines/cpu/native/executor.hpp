@@ -103,9 +103,9 @@ class Executor {
 
   // Of the current step:
   std::int64_t rows_ = 0;
-  std::vector<std::int32_t> positions_;  // [max_rows]
-  std::vector<std::int32_t> blocks_;     // [max_rows]
-  std::vector<AttendTask> tasks_;        // capacity for the worst batch
+  std::vector<std::int32_t> positions_;      // [max_rows]
+  std::vector<std::int32_t> blocks_;         // [max_rows]
+  std::vector<AttendTask> tasks_;            // capacity for the worst batch
   std::vector<std::vector<float>> scratch_;  // per thread
 };
 

@@ -13,11 +13,12 @@
 
 namespace edgellm {
 
-#define EDGELLM_DECLARE(isa)           \
-  namespace isa {                      \
-  const KernelTable& kernel_table();   \
+#define EDGELLM_DECLARE(isa)         \
+  namespace isa {                    \
+  const KernelTable& kernel_table(); \
   }
 EDGELLM_DECLARE(portable)
+EDGELLM_DECLARE(reference)
 #if defined(__x86_64__)
 EDGELLM_DECLARE(avx2)
 EDGELLM_DECLARE(avx512)
@@ -95,6 +96,9 @@ std::vector<std::string> available_isas() {
 }
 
 const KernelTable& kernels_of(std::string_view name) {
+  if (name == "reference") {
+    return reference::kernel_table();
+  }
   for (const Isa& isa : kIsas) {
     if (name == isa.name && isa.runs_here()) {
       return isa.kernels();

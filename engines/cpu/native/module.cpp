@@ -57,14 +57,22 @@ class Native {
   }
 
   void prepare(const std::string& form, RowsAt x, RecordsAt out, Segment input_scale, Segment outlier_columns,
-               std::int64_t channels, std::int64_t padded_channels, std::int64_t outliers,
-               std::int64_t padded_outliers, std::int64_t group_size, float quant_max) {
+               std::int64_t channels, std::int64_t padded_channels, std::int64_t outliers, std::int64_t padded_outliers,
+               std::int64_t group_size, float quant_max) {
     const KernelTable& k = executor_.kernels();
     const Kernel<PrepareArgs> kernel = form == "half"    ? k.prepare_half
                                        : form == "float" ? k.prepare_float
                                                          : k.prepare_int8;
-    const PrepareArgs args{rows(x),         records(out),    floats(input_scale), ints(outlier_columns), channels,
-                           padded_channels, outliers,        padded_outliers,     group_size,            quant_max};
+    const PrepareArgs args{rows(x),
+                           records(out),
+                           floats(input_scale),
+                           ints(outlier_columns),
+                           channels,
+                           padded_channels,
+                           outliers,
+                           padded_outliers,
+                           group_size,
+                           quant_max};
     executor_.add(RowOp<PrepareArgs>{kernel, args, 4 * channels});
   }
 
@@ -73,20 +81,21 @@ class Native {
               std::int64_t group_size, std::int64_t padded_outliers, std::int64_t columns,
               std::optional<RowsAt> residual) {
     const Rows added = residual ? rows(*residual) : Rows{nullptr, 0};
-    const LinearArgs args{.x = records(x),
-                          .rows = 0,
-                          .weight = bytes(weight),
-                          .group_scale = group_scale ? reinterpret_cast<const std::uint16_t*>(bytes(*group_scale)) : nullptr,
-                          .column_scale = floats(column_scale),
-                          .outlier_weight = outlier_weight ? bytes(*outlier_weight) : nullptr,
-                          .bias = floats(bias),
-                          .channels = padded_channels,
-                          .group_size = group_size,
-                          .outliers = padded_outliers,
-                          .columns = columns,
-                          .residual = added.data,
-                          .residual_stride = added.stride,
-                          .out = rows(out)};
+    const LinearArgs args{
+        .x = records(x),
+        .rows = 0,
+        .weight = bytes(weight),
+        .group_scale = group_scale ? reinterpret_cast<const std::uint16_t*>(bytes(*group_scale)) : nullptr,
+        .column_scale = floats(column_scale),
+        .outlier_weight = outlier_weight ? bytes(*outlier_weight) : nullptr,
+        .bias = floats(bias),
+        .channels = padded_channels,
+        .group_size = group_size,
+        .outliers = padded_outliers,
+        .columns = columns,
+        .residual = added.data,
+        .residual_stride = added.stride,
+        .out = rows(out)};
     executor_.add(LinearOp{linear_kernel(form), args});
   }
 
@@ -142,9 +151,7 @@ class Native {
   }
 
  private:
-  Rows rows(RowsAt at) const {
-    return {reinterpret_cast<float*>(arena_.data() + std::get<0>(at)), std::get<1>(at)};
-  }
+  Rows rows(RowsAt at) const { return {reinterpret_cast<float*>(arena_.data() + std::get<0>(at)), std::get<1>(at)}; }
   Records records(RecordsAt at) const {
     const auto [offset, row_bytes, sums_at, outliers_at, scale_at] = at;
     return {arena_.data() + offset, row_bytes, sums_at, outliers_at, scale_at};

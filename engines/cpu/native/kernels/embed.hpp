@@ -8,9 +8,9 @@ namespace edgellm {
 
 // Unit: row. out[r] = table[tokens[r]].
 struct EmbedArgs {
-  const std::int32_t* tokens;     // [rows]
-  const std::uint8_t* table;      // packed [vocab/16][padded_channels/2][16][2] bf16 or [vocab/16][.../4][16][4] u8
-  const float* scale;             // [vocab], for int8
+  const std::int32_t* tokens;  // [rows]
+  const std::uint8_t* table;   // packed [vocab/16][padded_channels/2][16][2] bf16 or [vocab/16][.../4][16][4] u8
+  const float* scale;          // [vocab], for int8
   std::int64_t channels, padded_channels;
   Rows out;
 };

@@ -10,13 +10,13 @@ namespace edgellm {
 struct LinearArgs {
   Records x;
   std::int64_t rows;
-  const std::uint8_t* weight;        // packed panels
-  const std::uint16_t* group_scale;  // fp16 [panels][groups][16], for int4
-  const float* column_scale;         // [panels * 16]: int8's scale; for int4 a power of two that undoes fp16's range
+  const std::uint8_t* weight;          // packed panels
+  const std::uint16_t* group_scale;    // fp16 [panels][groups][16], for int4
+  const float* column_scale;           // [panels * 16]: int8's scale; for int4 a power of two that undoes fp16's range
   const std::uint8_t* outlier_weight;  // packed [panels][padded_outliers/2][16][2] bf16
-  const float* bias;                 // [panels * 16] or null
-  std::int64_t channels;             // padded
-  std::int64_t group_size, outliers;  // outliers padded
+  const float* bias;                   // [panels * 16] or null
+  std::int64_t channels;               // padded
+  std::int64_t group_size, outliers;   // outliers padded
   std::int64_t columns;
   const float* residual;  // [rows, columns] or null
   std::int64_t residual_stride;

@@ -1,6 +1,6 @@
 // linear_half on AMX tiles: a panel's 32 channels are one 1 KiB operand as it lies in memory. The rounding of a sum is
-// the tile unit's own, other than AVX-512's, so one row goes through tiles too: then every row gets the same bits in any
-// company. A tile's row count never enters a row's result.
+// the tile unit's own, other than AVX-512's, so one row goes through tiles too: then every row gets the same bits in
+// any company. A tile's row count never enters a row's result.
 #include <immintrin.h>
 
 #include <initializer_list>

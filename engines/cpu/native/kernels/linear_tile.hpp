@@ -1,5 +1,5 @@
-// How a linear walks its output: tiles of `Rows` rows and `Panels` panels, each tile reducing over all channels in order.
-// The tile's size decides only which sums are in registers together, never the order inside one sum.
+// How a linear walks its output: tiles of `Rows` rows and `Panels` panels, each tile reducing over all channels in
+// order. The tile's size decides only which sums are in registers together, never the order inside one sum.
 #pragma once
 
 #include "../simd/simd.hpp"

@@ -10,7 +10,7 @@ namespace edgellm {
 struct PrepareArgs {
   Rows x;
   Records out;
-  const float* input_scale;           // [channels], zero at outlier columns; null: all ones
+  const float* input_scale;             // [channels], zero at outlier columns; null: all ones
   const std::int32_t* outlier_columns;  // [outliers]
   std::int64_t channels, padded_channels, outliers, padded_outliers;
   std::int64_t group_size;  // channels per sum, for int8

@@ -1,7 +1,7 @@
 // The memory that kernels share: rows of floats, records of prepared inputs, the paged cache.
 //
-// Arguments of kernels are plain structs. A kernel works on the half-open range [begin, end) of its unit of work, so that
-// any split of the units over threads gives the same bits. Shapes are in brackets; a stride is in elements.
+// Arguments of kernels are plain structs. A kernel works on the half-open range [begin, end) of its unit of work, so
+// that any split of the units over threads gives the same bits. Shapes are in brackets; a stride is in elements.
 #pragma once
 
 #include <cstdint>

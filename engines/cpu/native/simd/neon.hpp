@@ -82,12 +82,8 @@ inline F32 first_lanes(F32 a, F32 b, int n) {
   return each_quad<F32>(
       [&](int i) { return vbslq_f32(vcltq_s32(vld1q_s32(lane + 4 * i), vdupq_n_s32(n)), a.v[i], b.v[i]); });
 }
-inline float reduce_add(F32 a) {
-  return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3])));
-}
-inline float reduce_max(F32 a) {
-  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[2]), vmaxq_f32(a.v[1], a.v[3])));
-}
+inline float reduce_add(F32 a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]))); }
+inline float reduce_max(F32 a) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[2]), vmaxq_f32(a.v[1], a.v[3]))); }
 
 inline I32 set1_i32(std::int32_t x) {
   return each_quad<I32>([=](int) { return vdupq_n_s32(x); });
@@ -111,9 +107,8 @@ inline I32 shift_left(I32 a) {
 }
 template <int N>
 inline I32 shift_right(I32 a) {
-  return each_quad<I32>([&](int i) {
-    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.v[i]), vdupq_n_s32(-N)));
-  });
+  return each_quad<I32>(
+      [&](int i) { return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.v[i]), vdupq_n_s32(-N))); });
 }
 template <int N>
 inline I32 shift_right_signed(I32 a) {
@@ -168,9 +163,8 @@ inline I32 gather_words(const void* p, std::ptrdiff_t stride_bytes, int n) {
   return load_i32(lanes);
 }
 inline F32 f16_low(I32 words) {
-  return each_quad<F32>([&](int i) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(words.v[i]))));
-  });
+  return each_quad<F32>(
+      [&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(words.v[i])))); });
 }
 inline F32 f16_high(I32 words) { return f16_low(shift_right<16>(words)); }
 

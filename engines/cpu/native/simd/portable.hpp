@@ -22,11 +22,11 @@ struct I32 {
   std::int32_t v[16];
 };
 
-#define EDGELLM_LANES(expression)    \
-  decltype(lanes_of(a)) r;           \
-  for (int i = 0; i < 16; ++i) {     \
-    r.v[i] = (expression);           \
-  }                                  \
+#define EDGELLM_LANES(expression) \
+  decltype(lanes_of(a)) r;        \
+  for (int i = 0; i < 16; ++i) {  \
+    r.v[i] = (expression);        \
+  }                               \
   return r
 
 inline F32 lanes_of(const F32& a) { return a; }
