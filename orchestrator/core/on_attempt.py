@@ -49,7 +49,7 @@ def _start_decode(state: ClusterState, request: Request, attempt: AttemptId) -> 
 
 
 def kv_sent(state: ClusterState, event: KvSent) -> None:
-    state.let_go(event.connection, event.attempt)
+    _let_go(state, event.connection, event.attempt)
     request = state.request_of(event.attempt)
     if request is None or not isinstance(request.phase, Decoding) or request.phase.kv_source != event.connection:
         return
@@ -63,17 +63,22 @@ def _note_kv_complete(state: ClusterState, request: Request, phase: Decoding) ->
 
 
 def token_generated(state: ClusterState, event: TokenGenerated) -> None:
-    if event.token.finish is not None:
-        state.let_go(event.connection, event.attempt)
     request = state.request_of(event.attempt)
-    if request is None or not isinstance(request.phase, Decoding) or request.phase.decode != event.connection:
-        return
+    if request is not None and isinstance(request.phase, Decoding) and request.phase.decode == event.connection:
+        _take_token(state, request, request.phase, event)
+    if event.token.finish is not None:
+        _let_go(state, event.connection, event.attempt)
+
+
+def _take_token(state: ClusterState, request: Request, phase: Decoding, event: TokenGenerated) -> None:
     expected = len(request.tokens)
     if event.token.index > expected:
         why = f"the decode node sent token {event.token.index} where {expected} was due"
         state.try_elsewhere(request, event.connection, why)
     elif event.token.index == expected:
-        _note_kv_complete(state, request, request.phase)
+        if event.token.finish is not None:
+            state.let_go(event.connection, event.attempt)
+        _note_kv_complete(state, request, phase)
         state.accept_token(request, event.token)
 
 
@@ -100,4 +105,12 @@ def _culprit(state: ClusterState, event: AttemptFailed) -> ConnectionId:
 
 
 def attempt_released(state: ClusterState, event: AttemptReleased) -> None:
-    state.let_go(event.connection, event.attempt)
+    _let_go(state, event.connection, event.attempt)
+
+
+def _let_go(state: ClusterState, connection: ConnectionId, attempt: AttemptId) -> None:
+    """The node holds nothing of the attempt any more; if it should, the attempt has failed."""
+    state.let_go(connection, attempt)
+    request = state.request_of(attempt)
+    if request is not None and request.needs(connection):
+        state.try_elsewhere(request, connection, f"{state.nodes.names(connection)} let go of it too early")

@@ -103,6 +103,16 @@ class Request:
             case Decoding(decode=decode, kv_source=source, kv_complete=complete):
                 return connection == decode or (connection == source and not complete)
 
+    def needs(self, connection: ConnectionId) -> bool:
+        """Whether the attempt under way cannot go on without the blocks it has on this node."""
+        match self.phase:
+            case Queued():
+                return False
+            case Prefilling(prefill=prefill, decode=decode):
+                return connection in (prefill, decode)
+            case Decoding(decode=decode):
+                return connection == decode
+
     def begin_attempt(self, now_s: float, phase: Prefilling) -> None:
         self.attempts += 1
         self.phase = phase
