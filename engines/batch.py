@@ -61,10 +61,14 @@ def _check_tokens(batch: Batch, spec: EngineSpec) -> None:
 def _check_blocks(batch: Batch, pool: KvPool) -> None:
     """Only the blocks that the sequence's tokens lie in are looked at; the rest of a table row is padding."""
     lengths = batch.first_positions + np.diff(batch.row_starts)
-    for sequence, length in enumerate(lengths):
-        table = batch.block_tables[sequence][: pool.contract.blocks_for(int(length))]
-        if len(table) < pool.contract.blocks_for(int(length)):
-            raise ValueError(f"sequence {sequence} has {length} tokens but only {len(table)} blocks")
-        wrong = table[(table < 0) | (table >= pool.num_blocks)]
-        if wrong.size:
-            raise ValueError(f"sequence {sequence} names block {wrong[0]}; the pool has {pool.num_blocks}")
+    needed = -(-lengths // pool.contract.block_tokens)
+    columns = batch.block_tables.shape[1]
+    if needed.max() > columns:
+        sequence = int(needed.argmax())
+        raise ValueError(f"sequence {sequence} has {lengths[sequence]} tokens but only {columns} blocks")
+    is_outside = (batch.block_tables < 0) | (batch.block_tables >= pool.num_blocks)
+    is_outside &= np.arange(columns) < needed[:, None]
+    if is_outside.any():
+        sequence, column = np.argwhere(is_outside)[0]
+        block = batch.block_tables[sequence, column]
+        raise ValueError(f"sequence {sequence} names block {block}; the pool has {pool.num_blocks}")
