@@ -42,7 +42,7 @@ class NodeConfig:
     allow_shm: bool = True
     max_batch_tokens: int = 4096
     """Prompt tokens read as one batch on a prefill node."""
-    prefill_chunk_rows: int = 256
+    prefill_chunk_rows: int = 128
     """Prompt tokens per step on a prefill node: KV is sent after each."""
     local_chunk_rows: int = 128
     """Prompt tokens per step on a decode node: running answers wait for one such step."""

@@ -98,12 +98,13 @@ def _int8_shapes(contract: KvContract, where: KvRange) -> _Shapes:
 
 
 def _quantize(contract: KvContract, where: KvRange, planes: Planes) -> _Arrays:
-    k, v = (plane.view(np.float16) for plane in planes)
-    kept = _kept(where)
-    k_scale = np.stack([_scale(block, axis=1) for block in _by_block(contract, k)], axis=1)
-    v_scale = _scale(v, axis=3)
+    k_half, v_half = (plane.view(np.float16) for plane in planes)
+    k, v = k_half.astype(np.float32), v_half.astype(np.float32)
+    k_scale = np.stack([_scale(np.abs(block).max(axis=1)) for block in _by_block(contract, k)], axis=1)
+    v_scale = _scale(np.abs(v).max(axis=3, keepdims=True))
     k_int8 = _to_int8(k, np.repeat(k_scale, contract.block_tokens, axis=1)[:, : k.shape[1]])
-    return [k[:, :kept], v[:, :kept], k_int8, k_scale, _to_int8(v, v_scale[..., None]), v_scale[..., None]]
+    kept = _kept(where)
+    return [k_half[:, :kept], v_half[:, :kept], k_int8, k_scale, _to_int8(v, v_scale), v_scale]
 
 
 def _dequantize(contract: KvContract, where: KvRange, arrays: _Arrays) -> Planes:
@@ -115,25 +116,25 @@ def _dequantize(contract: KvContract, where: KvRange, arrays: _Arrays) -> Planes
     return [k.view(np.uint8), v.view(np.uint8)]
 
 
-def _by_block(contract: KvContract, plane: npt.NDArray[np.float16]) -> list[npt.NDArray[np.float16]]:
+def _by_block(contract: KvContract, plane: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
     starts = range(0, plane.shape[1], contract.block_tokens)
     return [plane[:, start : start + contract.block_tokens] for start in starts]
 
 
-def _scale(values: npt.NDArray[np.float16], axis: int) -> npt.NDArray[np.float16]:
-    """Largest magnitude along `axis` over 127, rounded up to half, so that no value leaves [-127, 127]."""
-    exact = np.abs(values).max(axis=axis).astype(np.float32) / 127
+def _scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Largest magnitude over 127, rounded up to half, so that no value leaves [-127, 127]."""
+    exact = largest / 127
     scale = exact.astype(np.float16)
     rounded_up: npt.NDArray[np.float16] = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
     return rounded_up
 
 
-def _to_int8(values: npt.NDArray[np.float16], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.int8]:
+def _to_int8(values: npt.NDArray[np.float32], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.int8]:
     divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
     rounded: npt.NDArray[np.int8] = np.rint(values / divisor).astype(np.int8)
     return rounded
 
 
 def _to_half(quantized: npt.NDArray[np.int8], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    product: npt.NDArray[np.float16] = (quantized.astype(np.float32) * scale.astype(np.float32)).astype(np.float16)
+    product: npt.NDArray[np.float16] = (quantized * scale.astype(np.float32)).astype(np.float16)
     return product
