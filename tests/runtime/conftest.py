@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
+import msgspec
 import numpy as np
+import pytest
 
+from edgellm.engines.base import Batch, Engine
+from edgellm.engines.bundle import SCHEMA_VERSION, Bundle, ModelInfo, Plan, file_sha256
+from edgellm.engines.cpu.compiler import compile_engine
+from edgellm.engines.cpu.engine import BACKEND_VERSION
 from edgellm.engines.graph import (
     TOKENS,
     Activation,
@@ -27,7 +33,7 @@ from edgellm.engines.graph import (
 )
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.engines.reference import ReferenceEngine
-from edgellm.engines.spec import EngineLimits, EngineSpec, Phase
+from edgellm.engines.spec import EngineFile, EngineLimits, EngineSpec, Phase
 from edgellm.engines.weights import FloatArray
 from edgellm.runtime.config import JoinConfig, NodeConfig
 from edgellm.runtime.kv.types import NodeId
@@ -136,11 +142,11 @@ def tiny_pool(blocks: int = 64) -> HostKvPool:
 
 def one_by_one(prompt: Sequence[int], max_tokens: int) -> list[int]:
     """Greedy answer of the model, alone: the prompt in one step, then a token per step."""
-    from edgellm.engines.base import Batch
+    return greedy_answer(tiny_engine("decode", tiny_pool(16), max_rows=MAX_SEQ_LEN), prompt, max_tokens)
 
-    pool = tiny_pool(16)
-    engine = tiny_engine("decode", pool, max_rows=MAX_SEQ_LEN)
-    table = np.array([pool.allocate(12)], np.int32)
+
+def greedy_answer(engine: Engine, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    table = np.array([engine.kv.allocate(12)], np.int32)
     answer: list[int] = []
     rows, position = list(prompt), 0
     while len(answer) < max_tokens:
@@ -359,3 +365,33 @@ def cluster(test, **options):
             await test(orchestrator, reader, writer)
 
     asyncio.run(run())
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model compiled for the native engine, twice: as a prefill and as a decode engine."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    graph, limits = tiny_graph(), EngineLimits(max_rows=64, max_sequences=8, max_seq_len=MAX_SEQ_LEN)
+    for name, phase in (("prefill-tp0of1", "prefill"), ("decode-pp0of1", "decode")):
+        (folder / name).mkdir(parents=True)
+        compile_engine(graph, tiny_weights(graph), contract=CONTRACT, limits=limits, folder=folder / name)
+        files = tuple(
+            EngineFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+            for path in sorted((folder / name).iterdir())
+        )
+        spec = EngineSpec(
+            name=name, phase=phase, backend="cpu", backend_version=BACKEND_VERSION, device_class="cpu-local",
+            first_layer=0, num_layers=LAYERS, rank=0, world=1, precision="half", hidden_size=HIDDEN_SIZE,
+            vocab_size=VOCAB, limits=limits, files=files,
+        )  # fmt: skip
+        (folder / name / "engine.json").write_bytes(msgspec.json.encode(spec))
+    model = ModelInfo(
+        id="tiny", architecture="llama", checkpoint_sha256="0", num_layers=LAYERS, hidden_size=HIDDEN_SIZE,
+        vocab_size=VOCAB, max_seq_len=MAX_SEQ_LEN, bos_token_id=None, eos_token_ids=(),
+    )  # fmt: skip
+    bundle = Bundle(
+        schema_version=SCHEMA_VERSION, model=model, kv=CONTRACT, engines=("prefill-tp0of1", "decode-pp0of1"),
+        plan=Plan(placements=(), predicted_ttft_ms=0, predicted_tpot_ms=0), quality=None,
+    )  # fmt: skip
+    (folder / "bundle.json").write_bytes(msgspec.json.encode(bundle))
+    return folder
