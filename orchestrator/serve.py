@@ -21,6 +21,10 @@ from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.server import ListenError, Orchestrator, can_serve, core_config, run_orchestrator
 
 
+class ReadyFileError(RuntimeError):
+    """The ready file cannot be written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Options of edgellm-serve."""
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         asyncio.run(_serve(config))
-    except (BundleError, ListenError) as error:
+    except (BundleError, ListenError, ReadyFileError) as error:
         print(f"edgellm-serve: {error}", file=sys.stderr)
         return 1
     return 0
@@ -92,9 +96,10 @@ def _start_metrics(config: ServeConfig, running: Orchestrator) -> None:
     if config.metrics_port is None:
         return
     try:
-        start_http_server(config.metrics_port, registry=running.driver.metrics.registry)
-    except OSError as error:
-        raise ListenError(f"cannot serve metrics on port {config.metrics_port}: {error.strerror}") from error
+        host = running.address.rpartition(":")[0]
+        start_http_server(config.metrics_port, host, running.driver.metrics.registry)
+    except (OSError, OverflowError) as error:
+        raise ListenError(f"cannot serve metrics on port {config.metrics_port}: {error}") from error
 
 
 def _node_tasks(
@@ -135,8 +140,11 @@ def _write_ready_file(path: Path | None, address: str) -> None:
     if path is None:
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(msgspec.json.encode({"address": address, "pid": os.getpid()}))
-    partial.replace(path)
+    try:
+        partial.write_bytes(msgspec.json.encode({"address": address, "pid": os.getpid()}))
+        partial.replace(path)
+    except OSError as error:
+        raise ReadyFileError(f"cannot write --ready-file {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from edgellm.orchestrator.validation import RequestReader
 from edgellm.runtime.rpc import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 STOP_GRACE_S = 0.5
+LAST_PORT = 65535
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
 
@@ -99,14 +100,14 @@ def _add_health_and_reflection(server: grpc.aio.Server) -> SetStatus:
 
 def _listen(server: grpc.aio.Server, listen: str) -> str:
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ListenError(f"--listen {listen!r} must be host:port")
+    if not host or not port.isdecimal() or int(port) > LAST_PORT:
+        raise ListenError(f"--listen {listen!r} must be host:port, with a port of at most {LAST_PORT}")
     problem = f"cannot listen on {listen}: is the port in use? Choose another with --listen"
     try:
         with socket.create_server((host, int(port))):
             pass  # asked first, because gRPC logs a failure in several lines of its own
         return f"{host}:{server.add_insecure_port(listen)}"
-    except (OSError, OverflowError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ListenError(f"{problem} ({error})") from error
 
 

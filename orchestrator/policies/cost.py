@@ -21,6 +21,8 @@ class CostModel:
     """Cost of stalling one running answer for a second by reading a prompt beside it."""
     reluctance: float = 1.5
     """Reading on a decode node must be this much sooner to be worth it: answers that start meanwhile stall as well."""
+    interruption_s: float = 0.005
+    """Least cost of changing a decode device over to another engine and back: an assumption, about one step."""
 
     def with_speeds(self, nodes: Sequence[NodeView]) -> list[NodeView]:
         """The nodes, those that have not measured their reading speed with the mean of those that have."""
@@ -51,4 +53,5 @@ class CostModel:
     def local_s(self, request: WaitingRequest, decode: NodeView) -> float:
         """Prompt on the decode node, which holds up the answers that run there."""
         tokens = decode.prefill_tokens + request.prompt_tokens
-        return self.read_s(decode, tokens) * (self.reluctance + self.interference * decode.running)
+        stalled = self.reluctance + self.interference * decode.running
+        return self.interruption_s + self.read_s(decode, tokens) * stalled

@@ -93,7 +93,7 @@ class LiveCluster:
         return not (state.requests or leases or held)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_node(bundle: ServedBundle) -> Callable[..., SimNode]:
     def make(
         name: str, role: Role, *, blocks: int = 256, half: bool = True, pid: int = 1, device: DeviceModel = FAST
@@ -129,7 +129,7 @@ def make_node(bundle: ServedBundle) -> Callable[..., SimNode]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def live_cluster(
     bundle: ServedBundle, make_node: Callable[..., SimNode]
 ) -> Callable[..., contextlib.AbstractAsyncContextManager[LiveCluster]]:

@@ -1,0 +1,181 @@
+"""The commands as people type them: edgellm, edgellm-serve, edgellm-sim."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from edgellm.orchestrator import cli, serve
+from edgellm.orchestrator.bundle import BundleError, Placement, Plan, open_bundle
+from edgellm.orchestrator.local_nodes import planned_nodes
+from edgellm.orchestrator.sim import cli as sim_cli
+
+
+@pytest.fixture(scope="module")
+def address(live_cluster) -> Iterator[str]:
+    """A live cluster in a thread of its own, because the command line blocks."""
+    ready, stop = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    async def scenario():
+        async with live_cluster() as cluster:
+            found.append(cluster.orchestrator.address)
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(scenario(),))
+    thread.start()
+    assert ready.wait(20)
+    yield found[0]
+    stop.set()
+    thread.join()
+
+
+def test_generate_prints_text_and_stats(address, capsys):
+    code = cli.main(
+        ["generate", "--server", address, "--prompt", "hello", "--max-tokens", "8", "--seed", "1", "--stats"]
+    )
+    printed = capsys.readouterr()
+    assert code == 0
+    assert printed.out.endswith("\n")
+    assert "takeovers 0" in printed.err
+    assert "22 prompt, 8 generated" in printed.err
+
+
+def test_generate_as_json_is_one_object_and_repeatable(address, capsys):
+    arguments = [
+        "generate",
+        "--server",
+        address,
+        "--prompt",
+        "hello",
+        "--raw",
+        "--max-tokens",
+        "8",
+        "--seed",
+        "1",
+        "--json",
+    ]
+    answers = []
+    for _ in range(2):
+        assert cli.main(arguments) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["prompt_tokens"] == 5
+    assert answers[0]["prefill_path"] == "remote"
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+
+
+def test_chat_keeps_the_conversation(address, capsys, monkeypatch):
+    questions = iter(["hi", "and?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
+    assert cli.main(["chat", "--server", address, "--max-tokens", "4", "--ignore-eos", "--stats"]) == 0
+    prompts = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokens")]
+    assert len(prompts) == 2
+    first, second = (int(line.split()[1]) for line in prompts)
+    assert second > first
+
+
+def test_status_shows_every_node(address, capsys):
+    assert cli.main(["status", "--server", address]) == 0
+    printed = capsys.readouterr().out
+    assert "p0 #1" in printed
+    assert "d0 #1" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "x", "--top-p", "nan"], "top_p is nan"),
+        (["--prompt", "x", "--max-tokens", "-3"], "out of range"),
+        (["--prompt", "", "--raw"], "the prompt is empty"),
+        (["--prompt", "a\udcffb"], "not valid UTF-8 at character 1"),
+        (["--prompt", "x", "--model", "other"], "'other' is not served here"),
+    ],
+)
+def test_mistakes_are_one_line(address, capsys, arguments, message):
+    assert cli.main(["generate", "--server", address, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_server_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr("edgellm.orchestrator.client.CONNECT_TIMEOUT_S", 0.2)
+    assert cli.main(["status", "--server", f"127.0.0.1:{_free_port()}"]) == 1
+    assert "is edgellm-serve running?" in capsys.readouterr().err
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_serve_without_a_bundle_says_what_to_do(tmp_path, capsys):
+    assert serve.main(["--bundle", str(tmp_path)]) == 1
+    assert "--bundle takes a folder made by edgellm-build" in capsys.readouterr().err
+
+
+def test_serve_on_a_port_in_use(bundle, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert serve.main(["--bundle", str(bundle.folder), "--listen", f"127.0.0.1:{port}"]) == 1
+    assert "is the port in use?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listen", ["nonsense", "127.0.0.1:99999"])
+def test_serve_on_an_impossible_address(bundle, capsys, listen):
+    assert serve.main(["--bundle", str(bundle.folder), "--listen", listen]) == 1
+    assert listen in capsys.readouterr().err
+
+
+def test_broken_bundles_are_refused(bundle, tmp_path):
+    text = (bundle.folder / "bundle.json").read_text()
+    broken = {
+        "schema 7": text.replace('"schema_version":1', '"schema_version":7'),
+        "is broken": text[: len(text) // 2],
+        "missing required field": text.replace('"vocab_size"', '"vocabulary"'),
+    }
+    for message, content in broken.items():
+        (tmp_path / "bundle.json").write_text(content)
+        with pytest.raises(BundleError, match=message):
+            open_bundle(tmp_path)
+
+
+def test_planned_nodes_are_named_after_their_devices():
+    placements = [("nx", "prefill-0"), ("nano", "decode-0"), ("nano", "decode-1")]
+    plan = Plan(
+        placements=tuple(
+            Placement(engine=engine, device=device, device_class="cpu-local", role="decode")
+            for device, engine in placements
+        )
+    )
+    assert [(node.node_id, node.engine) for node in planned_nodes(plan)] == [
+        ("nx", "prefill-0"),
+        ("nano.decode-0", "decode-0"),
+        ("nano.decode-1", "decode-1"),
+    ]
+
+
+def test_sim_runs_a_trace(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"arrival_s": 0.0, "prompt_tokens": 64, "max_tokens": 4}\n' * 3)
+    assert sim_cli.main(["run", "--trace", str(trace), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["requests"], report["failed"]) == (3, 0)
+    assert 0 < report["ttft_ms"]["p50"] <= report["ttft_ms"]["p99"]
+
+
+def test_sim_says_which_line_of_a_trace_is_wrong(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"arrival_s": 0.0, "prompt_tokens": 64, "max_tokens": 4}\n{}\n')
+    assert sim_cli.main(["run", "--trace", str(trace)]) == 1
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_sim_fuzz_says_what_it_did(capsys):
+    assert sim_cli.main(["fuzz", "--seeds", "2", "--first-seed", "7"]) == 0
+    assert "2 seeds from 7: every invariant held" in capsys.readouterr().out

@@ -1,0 +1,157 @@
+"""Placement as a function of values."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgellm.orchestrator.core.policy import NodeView, WaitingRequest
+from edgellm.orchestrator.core.values import ConnectionId, NodeId, RequestId
+from edgellm.orchestrator.policies import POLICIES
+from edgellm.orchestrator.policies.cost import CostModel
+from edgellm.orchestrator.policies.dual_pool import DualPool
+
+
+def node(connection: int, role: str = "decode", **fields) -> NodeView:
+    values = {
+        "node_id": NodeId(f"n{connection}"),
+        "host_id": f"h{connection}",
+        "free_blocks": 100,
+        "free_sequences": 8,
+        "prefill_tokens": 0,
+        "running": 0,
+        "can_prefill": True,
+        "can_decode": role == "decode",
+        "kv_bytes_per_token": 10_000,
+        "prefill_tokens_per_s": 1000.0,
+        "decode_step_ms": 10.0,
+    }
+    return NodeView(connection=ConnectionId(connection), role=role, **{**values, **fields})
+
+
+def waiting(name: str = "r", **fields) -> WaitingRequest:
+    values = {
+        "arrival_s": 0.0,
+        "deadline_s": None,
+        "prompt_tokens": 500,
+        "generated_tokens": 0,
+        "prompt_blocks": 16,
+        "total_blocks": 20,
+        "allow_degraded": False,
+        "avoid": frozenset(),
+    }
+    return WaitingRequest(request_id=RequestId(name), **{**values, **fields})
+
+
+def plan(requests, nodes, now_s=0.0):
+    return [(p.request_id, p.path, p.prefill, p.decode) for p in DualPool().plan(now_s, requests, nodes)]
+
+
+PREFILL, DECODE = node(1, "prefill"), node(2)
+
+
+def test_an_idle_cluster_of_equals_sends_kv():
+    assert plan([waiting()], [PREFILL, DECODE]) == [("r", "remote", 1, 2)]
+
+
+def test_a_link_slower_than_reading_keeps_the_prompt_local():
+    fat = node(1, "prefill", kv_bytes_per_token=1_000_000)
+    assert plan([waiting()], [fat, DECODE]) == [("r", "local", 2, 2)]
+
+
+def test_the_same_host_is_not_held_up_by_the_network():
+    fat = node(1, "prefill", kv_bytes_per_token=1_000_000, host_id="h2")
+    assert plan([waiting()], [fat, DECODE]) == [("r", "remote", 1, 2)]
+
+
+def test_a_long_queue_at_the_prefill_node_makes_local_reading_worth_it():
+    busy = node(1, "prefill", prefill_tokens=4000)
+    assert plan([waiting()], [busy, DECODE]) == [("r", "local", 2, 2)]
+
+
+def test_running_answers_speak_against_reading_beside_them():
+    busy = node(1, "prefill", prefill_tokens=4000)
+    assert plan([waiting()], [busy, node(2, running=8, can_prefill=True)]) == []
+
+
+def test_without_any_half_precision_engine_only_degraded_and_only_if_allowed():
+    decode = node(2, can_prefill=False)
+    assert plan([waiting()], [decode]) == []
+    assert plan([waiting(allow_degraded=True)], [decode]) == [("r", "degraded", 2, 2)]
+
+
+def test_nodes_that_failed_it_are_used_last():
+    request = waiting(avoid=frozenset({ConnectionId(2)}))
+    assert plan([request], [PREFILL, DECODE, node(3)]) == [("r", "remote", 1, 3)]
+    assert plan([request], [PREFILL, DECODE]) == [("r", "remote", 1, 2)]
+
+
+def test_least_slack_first_and_takeovers_before_all():
+    small = [node(1, "prefill", free_sequences=1), node(2, can_prefill=False)]
+    urgent, late, resumed = waiting("urgent", deadline_s=1.0), waiting("late"), waiting("resumed", generated_tokens=3)
+    assert plan([late, urgent], small)[0][0] == "urgent"
+    assert plan([late, urgent, resumed], small)[0][0] == "resumed"
+
+
+def test_a_big_request_is_overtaken_until_it_has_no_slack():
+    nodes = [PREFILL, node(2, free_blocks=30, can_prefill=False)]
+    big, small = waiting("big", total_blocks=60), waiting("small", arrival_s=0.1)
+    assert [placed[0] for placed in plan([big, small], nodes, now_s=0.2)] == ["small"]
+    assert plan([big, small], nodes, now_s=60.0) == []
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@given(data=st.data())
+def test_plans_fit_and_place_nobody_twice(policy, data):
+    nodes = [
+        node(
+            number,
+            data.draw(st.sampled_from(("prefill", "decode"))),
+            free_blocks=data.draw(st.integers(0, 60)),
+            free_sequences=data.draw(st.integers(0, 3)),
+            can_prefill=data.draw(st.booleans()),
+            prefill_tokens_per_s=data.draw(st.sampled_from((0.0, 100.0, 5000.0))),
+        )
+        for number in range(data.draw(st.integers(0, 4)))
+    ]
+    requests = [
+        waiting(
+            f"r{number}",
+            arrival_s=data.draw(st.floats(0, 10)),
+            prompt_tokens=data.draw(st.integers(1, 3000)),
+            prompt_blocks=(prompt_blocks := data.draw(st.integers(1, 40))),
+            total_blocks=prompt_blocks + data.draw(st.integers(0, 20)),
+            allow_degraded=data.draw(st.booleans()),
+        )
+        for number in range(data.draw(st.integers(0, 6)))
+    ]
+    placements = POLICIES[policy]().plan(10.0, requests, nodes)
+    by_id = {request.request_id: request for request in requests}
+    assert len({p.request_id for p in placements}) == len(placements)
+    for view in nodes:
+        here = [p for p in placements if view.connection in (p.prefill, p.decode)]
+        blocks = sum(
+            by_id[p.request_id].total_blocks if p.decode == view.connection else by_id[p.request_id].prompt_blocks
+            for p in here
+        )
+        assert blocks <= view.free_blocks
+        assert len(here) <= view.free_sequences
+        for p in here:
+            assert p.decode != view.connection or view.can_decode
+            assert p.prefill != view.connection or view.can_prefill or p.path == "degraded"
+
+
+def test_sending_is_hidden_behind_reading_but_for_the_last_chunk():
+    cost = CostModel()
+    request = waiting(prompt_tokens=1280)
+    fast_link = cost.remote_s(request, PREFILL, DECODE)
+    assert fast_link == pytest.approx(1.28 + cost.send_s(PREFILL, DECODE, 128))
+    fat = node(1, "prefill", kv_bytes_per_token=1_000_000)
+    assert cost.remote_s(request, fat, DECODE) == pytest.approx(0.128 + cost.send_s(fat, DECODE, 1280))
+
+
+def test_distserve_lets_nobody_overtake():
+    nodes = [PREFILL, node(2, free_blocks=30)]
+    policy = POLICIES["distserve"]()
+    assert policy.plan(0.0, [waiting("big", total_blocks=60), waiting("small", arrival_s=0.1)], nodes) == []
+    placed = policy.plan(0.0, [waiting("later", arrival_s=0.1, total_blocks=10), waiting("first")], nodes)
+    assert [placement.request_id for placement in placed] == ["first", "later"]
