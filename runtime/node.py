@@ -1,20 +1,17 @@
 """What a node does with commands, finished steps and arriving KV: no I/O, no clock of its own, one thread."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import numpy as np
-
-from edgellm.engines.sampling import SamplingError
-from edgellm.runtime.batching.decode import Continuation, TokenGenerated
-from edgellm.runtime.batching.prefill import Prompt, PromptProgress
+from edgellm.runtime.answers import Answers
+from edgellm.runtime.batching.decode import TokenGenerated
+from edgellm.runtime.batching.prefill import PromptProgress
 from edgellm.runtime.batching.steps import Sampled, Step
+from edgellm.runtime.checks import RefusedError, check_capacity, check_known_tokens, check_request
 from edgellm.runtime.kv.fence import EpochFence
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.kv.transfer import TransferError, TransferJob
+from edgellm.runtime.kv.transfer import Arrivals, TransferError, Transfers
 from edgellm.runtime.kv.types import Attempt, NodeId, RequestId, TransferStats
 from edgellm.runtime.lanes import DecodeLane, Lane, Lanes, PrefillLane
 from edgellm.runtime.messages import (
@@ -29,53 +26,9 @@ from edgellm.runtime.messages import (
     RequestFailed,
     Tokens,
 )
+from edgellm.runtime.readings import Reading, Readings
 
 _log = logging.getLogger(__name__)
-
-
-class Transfers(Protocol):
-    """The sending end of the KV exchange."""
-
-    def start(self, job: TransferJob) -> None: ...
-
-    def advance(self, attempt: Attempt, computed: int) -> None: ...
-
-    def cancel(self, attempt: Attempt) -> None: ...
-
-
-class Arrivals(Protocol):
-    """The receiving end."""
-
-    def forget(self, attempt: Attempt) -> None: ...
-
-
-class RefusedError(Exception):
-    """A command that this node cannot carry out."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message)
-        self.kind: FailureKind = kind
-
-
-@dataclass(kw_only=True, eq=False)
-class _Reading:
-    """A prompt that is read here."""
-
-    prefill: Prefill
-    lane: PrefillLane
-    started_s: float | None = None
-
-    @property
-    def reserve_tokens(self) -> int:
-        """The prompt, and the answer too if it is written here."""
-        answer = 0 if self.prefill.targets else self.prefill.generation.max_tokens
-        return len(self.prefill.prompt) + answer
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _AwaitingKv:
-    decode: Decode
-    deadline_s: float
 
 
 class Node:
@@ -96,18 +49,15 @@ class Node:
         self._wake = wake
         self._fence = EpochFence()
         self._live: dict[RequestId, Attempt] = {}
-        self._waiting_for_blocks: deque[_Reading] = deque()
-        self._reading: dict[Attempt, _Reading] = {}
-        self._kv_ready: set[Attempt] = set()
-        self._awaiting_kv: dict[Attempt, _AwaitingKv] = {}
-        self._answering: dict[Attempt, Decode] = {}
+        self._readings = Readings(ledger)
+        self._answers = Answers(ledger, lanes.decode)
         self._unanswered_releases: list[Attempt] = []
 
     @property
     def waiting(self) -> int:
         """Requests without a place in a batch."""
         prefill = sum(lane.batcher.waiting for lane in self.lanes.in_turn if isinstance(lane, PrefillLane))
-        return len(self._waiting_for_blocks) + len(self._awaiting_kv) + prefill
+        return self._readings.waiting_for_blocks + self._answers.waiting_for_kv + prefill
 
     @property
     def running(self) -> int:
@@ -118,37 +68,26 @@ class Node:
     def prefill(self, command: Prefill) -> None:
         if not self._admit_command(command.attempt, is_known=self._is_live(command.attempt)):
             return
-        try:
-            lane = self._prefill_lane(command)
-            reading = _Reading(prefill=command, lane=lane)
-            _check_request(lane, command)
-            self._check_capacity(reading.reserve_tokens)
-        except RefusedError as refusal:
-            self._fail(command.attempt, refusal.kind, str(refusal))
-            return
-        self._waiting_for_blocks.append(reading)
-        _log.info("prefill queued %s prompt_tokens=%d", command.attempt, len(command.prompt))
-        self._start_readings()
+        with self._failing(command.attempt):
+            lane = self.lanes.degraded if command.degraded else self.lanes.half
+            if lane is None:
+                raise RefusedError("engine", f"this node has no engine for a {'degraded ' * command.degraded}prefill")
+            check_request(lane, command)
+            reading = Reading(prefill=command, lane=lane)
+            check_capacity(self._ledger, reading.reserve_tokens)
+            _log.info("prefill queued %s prompt_tokens=%d", command.attempt, len(command.prompt))
+            self._readings.add(reading)
+            self._start_readings()
 
     def decode(self, command: Decode, now_s: float) -> None:
-        is_known = command.attempt in self._awaiting_kv or command.attempt in self._answering
-        if not self._admit_command(command.attempt, is_known=is_known):
+        if not self._admit_command(command.attempt, is_known=command.attempt in self._answers):
             return
-        try:
-            lane = self._decode_lane()
-            _check_request(lane, command)
-            if not 0 < len(command.generated) < command.generation.max_tokens:
-                raise RefusedError(
-                    "request", f"{len(command.generated)} of {command.generation.max_tokens} tokens known"
-                )
-        except RefusedError as refusal:
-            self._fail(command.attempt, refusal.kind, str(refusal))
-            return
-        if command.attempt in self._kv_ready:
-            self._start_answer(lane, command)
-        else:
-            deadline_s = now_s + command.kv_timeout_s
-            self._awaiting_kv[command.attempt] = _AwaitingKv(decode=command, deadline_s=deadline_s)
+        with self._failing(command.attempt):
+            check_request(self._answers.lane(), command)
+            check_known_tokens(command)
+            _log.info("decode queued %s known_tokens=%d", command.attempt, len(command.generated))
+            self._answers.add(command, now_s)
+            self._wake()
 
     def release(self, command: Release) -> None:
         self._fence.close(command.attempt)
@@ -168,22 +107,18 @@ class Node:
 
     def expire(self, now_s: float) -> None:
         """Fail requests whose KV did not arrive in time."""
-        late = [attempt for attempt, waiting in self._awaiting_kv.items() if waiting.deadline_s <= now_s]
-        for attempt in late:
-            timeout_s = self._awaiting_kv[attempt].decode.kv_timeout_s
-            self._fail(attempt, "transfer", f"the prompt's KV did not arrive within {timeout_s} s")
+        for decode in self._answers.late(now_s):
+            message = f"the prompt's KV did not arrive within {decode.kv_timeout_s} s"
+            self._fail(decode.attempt, "transfer", message)
 
     # Steps
 
     def next_step(self, lane: Lane, now_s: float) -> Step | None:
-        """Plan a step; its blocks stay allocated until `step_ended`."""
+        """Plan a step; its blocks stay allocated until the step ended, failed or was abandoned."""
         step = lane.batcher.plan()
         if step is not None:
             self._ledger.pin(step.attempts)
-            for attempt in step.attempts:
-                reading = self._reading.get(attempt)
-                if reading is not None and reading.started_s is None:
-                    reading.started_s = now_s
+            self._readings.step_planned(step.attempts, now_s)
         return step
 
     def step_ended(self, lane: Lane, step: Step, sampled: Sequence[Sampled], now_s: float) -> None:
@@ -224,16 +159,16 @@ class Node:
 
     def kv_complete(self, attempt: Attempt) -> None:
         """All KV of the attempt's prompt is in the pool."""
-        self._kv_ready.add(attempt)
-        if waiting := self._awaiting_kv.pop(attempt, None):
-            self._start_answer(self._decode_lane(), waiting.decode)
+        with self._failing(attempt):
+            self._answers.kv_complete(attempt)
+            self._wake()
 
     def kv_lost(self, attempt: Attempt) -> None:
         """The sender has gone before the prompt's KV was complete."""
-        if attempt in self._awaiting_kv:
-            self._fail(attempt, "transfer", "the sender has gone before the prompt's KV was complete")
-        else:
-            self._drop(attempt)
+        self._ledger.drop(attempt)
+        with self._failing(attempt):
+            self._answers.kv_lost(attempt)
+        self._start_readings()
 
     def kv_sent(self, attempt: Attempt, stats: TransferStats) -> None:
         self._emit(KvSent(attempt=attempt, stats=stats))
@@ -256,100 +191,47 @@ class Node:
     def _is_live(self, attempt: Attempt) -> bool:
         return self._live.get(attempt.request_id) == attempt
 
-    def _prefill_lane(self, command: Prefill) -> PrefillLane:
-        lane = self.lanes.degraded if command.degraded else self.lanes.half
-        if lane is None:
-            raise RefusedError("engine", f"this node has no engine for a {'degraded ' * command.degraded}prefill")
-        return lane
-
-    def _decode_lane(self) -> DecodeLane:
-        if self.lanes.decode is None:
-            raise RefusedError("engine", "this node has no decode engine")
-        return self.lanes.decode
-
-    def _check_capacity(self, tokens: int) -> None:
-        if not self._ledger.ever_fits(tokens):
-            pool = self._ledger.pool
-            raise RefusedError(
-                "capacity", f"{tokens} tokens do not fit {pool.num_blocks} blocks of {pool.contract.block_tokens}"
-            )
-
     def _start_readings(self) -> None:
-        """Prompts in order of arrival, as far as their blocks are free."""
-        while self._waiting_for_blocks and self._ledger.fits(self._waiting_for_blocks[0].reserve_tokens):
-            reading = self._waiting_for_blocks.popleft()
-            prefill = reading.prefill
-            blocks = self._ledger.reserve(prefill.attempt, reading.reserve_tokens)
-            self._reading[prefill.attempt] = reading
-            reading.lane.batcher.add(
-                Prompt(
-                    attempt=prefill.attempt,
-                    tokens=prefill.prompt,
-                    blocks=np.array(blocks, np.int32),
-                    generation=None if len(prefill.generated) else prefill.generation,
-                )
-            )
-            if prefill.targets:
-                self.transfers.start(
-                    TransferJob(
-                        attempt=prefill.attempt,
-                        prompt_tokens=len(prefill.prompt),
-                        capacity_tokens=len(prefill.prompt) + prefill.generation.max_tokens,
-                        blocks=blocks,
-                        targets=prefill.targets,
-                        timeout_s=prefill.transfer_timeout_s,
-                    )
-                )
-            self._wake()
+        for job in self._readings.start_fitting():
+            self.transfers.start(job)
+        self._wake()
 
     def _prompt_progressed(self, progress: PromptProgress, now_s: float) -> None:
         self.transfers.advance(progress.attempt, progress.computed)
         if not progress.finished:
             return
-        reading = self._reading.pop(progress.attempt)
-        started_s = now_s if reading.started_s is None else reading.started_s
+        reading = self._readings.finish(progress.attempt)
+        prefill_ms = 1e3 * (now_s - reading.started_s)
         self._emit(
             PrefillDone(
                 attempt=progress.attempt,
                 first_token=progress.first_token,
                 logprobs=reading.prefill.generation.logprobs,
-                prefill_ms=1e3 * (now_s - started_s),
+                prefill_ms=prefill_ms,
             )
         )
-        _log.info("prefill done %s prefill_ms=%.1f", progress.attempt, 1e3 * (now_s - started_s))
+        _log.info("prefill done %s prefill_ms=%.1f", progress.attempt, prefill_ms)
         if progress.first_token is not None and progress.first_token.finish is not None:
             self._end(progress.attempt)
         elif not reading.prefill.targets:
             self.kv_complete(progress.attempt)
 
-    def _start_answer(self, lane: DecodeLane, decode: Decode) -> None:
-        blocks = self._ledger.blocks(decode.attempt)
-        needed = len(decode.prompt) + decode.generation.max_tokens
-        if len(blocks) < self._ledger.pool.contract.blocks_for(needed):
-            self._fail(decode.attempt, "capacity", f"{len(blocks)} blocks were reserved for {needed} tokens")
-            return
-        lane.batcher.add(
-            Continuation(
-                attempt=decode.attempt,
-                prompt=decode.prompt,
-                generated=decode.generated,
-                blocks=np.array(blocks, np.int32),
-                generation=decode.generation,
-            )
-        )
-        self._answering[decode.attempt] = decode
-        _log.info("decoding %s known_tokens=%d", decode.attempt, len(decode.generated))
-        self._wake()
-
     def _tokens_generated(self, generated: list[TokenGenerated]) -> None:
         if not generated:
             return
-        with_logprob = frozenset(attempt for attempt, d in self._answering.items() if d.generation.logprobs)
-        self._emit(Tokens(tokens=tuple(generated), with_logprob=with_logprob))
+        self._emit(Tokens(tokens=tuple(generated), with_logprob=self._answers.with_logprobs))
         for one in generated:
             if one.token.finish is not None:
                 _log.info("finished %s reason=%s tokens=%d", one.attempt, one.token.finish, one.token.index + 1)
                 self._end(one.attempt)
+
+    @contextmanager
+    def _failing(self, attempt: Attempt) -> Iterator[None]:
+        """A refusal inside fails the attempt."""
+        try:
+            yield
+        except RefusedError as refusal:
+            self._fail(attempt, refusal.kind, str(refusal))
 
     def _fail(self, attempt: Attempt, kind: FailureKind, message: str, peer: NodeId | None = None) -> None:
         _log.warning("failed %s kind=%s message=%s", attempt, kind, message)
@@ -365,11 +247,8 @@ class Node:
         """Take the attempt out of everything that may hold it; its blocks are free when no step uses them."""
         if self._is_live(attempt):
             del self._live[attempt.request_id]
-        self._waiting_for_blocks = deque(r for r in self._waiting_for_blocks if r.prefill.attempt != attempt)
-        self._reading.pop(attempt, None)
-        self._kv_ready.discard(attempt)
-        self._awaiting_kv.pop(attempt, None)
-        self._answering.pop(attempt, None)
+        self._readings.drop(attempt)
+        self._answers.drop(attempt)
         self.transfers.cancel(attempt)
         self.arrivals.forget(attempt)
         self.lanes.remove(attempt)
@@ -388,19 +267,3 @@ class Node:
             else:
                 self._emit(Released(attempt=attempt))
         self._unanswered_releases = still_held
-
-
-def _check_request(lane: Lane, command: Prefill | Decode) -> None:
-    spec = lane.engine.spec
-    num_prompt, max_tokens = len(command.prompt), command.generation.max_tokens
-    if not num_prompt or max_tokens < 1:
-        raise RefusedError("request", f"{num_prompt} prompt tokens, at most {max_tokens} to generate")
-    if num_prompt + max_tokens > spec.limits.max_seq_len:
-        raise RefusedError("request", f"{num_prompt} + {max_tokens} tokens exceed {spec.limits.max_seq_len}")
-    for tokens in (command.prompt, command.generated):
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < spec.vocab_size:
-            raise RefusedError("request", f"a token id is outside of the vocabulary of {spec.vocab_size}")
-    try:
-        command.generation.sampling.validate(spec.vocab_size)
-    except SamplingError as error:
-        raise RefusedError("request", str(error)) from error

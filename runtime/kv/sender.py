@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from edgellm.engines.kv import KvContract, KvPool
 from edgellm.runtime.kv.codecs import CodecChoice
 from edgellm.runtime.kv.links import KvLink, KvLinks
-from edgellm.runtime.kv.push import KvPush, SendingClock
+from edgellm.runtime.kv.push import KvPush
+from edgellm.runtime.kv.sending_clock import SendingClock
 from edgellm.runtime.kv.transfer import TransferError, TransferJob
 from edgellm.runtime.kv.types import Attempt, TransferStats
 from edgellm.runtime.tasks import run_all

@@ -1,8 +1,8 @@
-"""A prompt's KV to be sent, and how that can fail."""
+"""A prompt's KV to be sent, how that can fail, and what a node needs of the KV exchange."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from edgellm.engines.kv import BlockId
 from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId
@@ -31,3 +31,19 @@ class TransferJob:
     targets: tuple[KvTarget, ...]
     timeout_s: float
     """Within which a transfer that has something to do must make progress."""
+
+
+class Transfers(Protocol):
+    """The sending end of the KV exchange."""
+
+    def start(self, job: TransferJob) -> None: ...
+
+    def advance(self, attempt: Attempt, computed: int) -> None: ...
+
+    def cancel(self, attempt: Attempt) -> None: ...
+
+
+class Arrivals(Protocol):
+    """The receiving end."""
+
+    def forget(self, attempt: Attempt) -> None: ...

@@ -234,6 +234,8 @@ def test_a_sender_that_dies_midway_frees_the_receiver_and_fails_the_waiting_answ
         failed = await failure(writer, "waiting")
         assert failed.kind == cluster_pb2.FAILURE_KIND_TRANSFER
         await eventually(lambda: all_free(writer))
+        writer.joined.send(decode=decode("unclaimed", prompt, generation(10), [1], timeout_ms=60_000))
+        assert (await failure(writer, "unclaimed")).kind == cluster_pb2.FAILURE_KIND_TRANSFER
 
     cluster(test)
 
