@@ -1,13 +1,12 @@
 """Tensors of a GGUF file under their Hugging Face names, dequantised, with llama.cpp's row order undone."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from gguf import ReaderTensor
-from gguf.quants import dequantize
 
+from edgellm.builder.checkpoint.gguf_format import GgufContainer
 from edgellm.engines.weights import FloatArray
 
 _MODEL_MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -26,22 +25,21 @@ _LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 class GgufTensors:
-    """TensorFile over a GGUF reader's memory-mapped tensors."""
+    """TensorFile over a GGUF container."""
 
-    def __init__(self, tensors: Iterable[ReaderTensor], raw_config: Mapping[str, Any]) -> None:
-        self._tensors = {tensor.name: tensor for tensor in tensors}
+    def __init__(self, container: GgufContainer, raw_config: Mapping[str, Any]) -> None:
+        self._container = container
         self._rotary_heads = _permuted_heads(raw_config)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The tensor's shape, or None if there is no such tensor."""
-        tensor = self._tensors.get(_gguf_name(name))
-        return None if tensor is None else tuple(int(size) for size in reversed(tensor.shape))
+        tensor = self._container.tensors.get(_gguf_name(name))
+        return None if tensor is None else tensor.shape
 
     def read(self, name: str) -> FloatArray:
-        """The tensor as float32, never a view of the file."""
+        """The tensor as float32."""
         gguf_name = _gguf_name(name)
-        tensor = self._tensors[gguf_name]
-        values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(self.shape(name))
+        values = self._container.read(gguf_name)
         heads = self._rotary_heads.get(gguf_name.split(".")[-2])
         return values if heads is None else _to_half_split(values, heads)
 

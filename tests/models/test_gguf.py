@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from edgellm.builder.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from edgellm.builder.checkpoint.gguf_format import GgufContainer
 from edgellm.builder.models import build_graph
 from edgellm.engines.graph import WeightName
 from edgellm.engines.reference import float32_oracle
@@ -116,7 +117,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(size["vocab"])
     for name, value in (metadata or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+        add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+        add(name, value)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -161,6 +163,7 @@ def test_qwen2_rows_stay_and_biases_load(tmp_path: Path) -> None:
         ({"metadata": {"llama.attention.sliding_window": 32}}, "sliding"),
         ({"without": "blk.0.ffn_up.weight"}, "up_proj"),
         ({"metadata": {"llama.attention.key_length": 6}}, "q_proj"),
+        ({"metadata": {"llama.attention.key_length": 4, "llama.rope.dimension_count": 2}}, "rotating 2 of 4"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(options: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -176,3 +179,65 @@ def test_truncated_file(kept: int, tmp_path: Path) -> None:
     broken.write_bytes((tmp_path / "whole.gguf").read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"broken\.gguf"):
         open_checkpoint(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "named"),
+    [
+        (0, b"GGML", "GGUF"),
+        (4, b"\x01", "version 1"),
+        (16, b"\xff\xff", "cannot be read"),
+        (24, b"\xff" * 8, "past the"),
+    ],
+)
+def test_damaged_header(offset: int, value: bytes, named: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    raw = bytearray((tmp_path / "model.gguf").read_bytes())
+    raw[offset : offset + len(value)] = value
+    (tmp_path / "model.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(str(tmp_path / "model.gguf"))
+
+
+def test_quantised_tensors_are_read_as_the_gguf_package_reads_them(tmp_path: Path) -> None:
+    """Of a type whose blocks are larger than one row of the rest of the model."""
+    values = np.random.default_rng(1).normal(size=(4, 256)).astype(np.float32)
+    kinds = (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.BF16)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for kind in kinds:
+        writer.add_tensor(kind.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    container = GgufContainer(tmp_path / "model.gguf")
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
+        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(container.read(tensor.name), expected)
+        assert container.tensors[tensor.name].shape == values.shape
+
+
+def test_sentencepiece_vocabulary_starts_with_bos(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁ab"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -3.0, -4.0, -5.0, -1.0, -2.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 0,
+    }
+    write_gguf(tmp_path / "model.gguf", metadata=metadata)
+    files = open_checkpoint(str(tmp_path / "model.gguf")).tokenizer
+    assert Tokenizer.from_str(files.tokenizer_json).encode("ab").tokens == ["<s>", "▁ab"]
+    assert (files.generation.bos_token, files.generation.eos_token_ids) == ("<s>", (2, 0))
+    assert files.chat_template is None
+
+
+def test_unknown_vocabulary_is_refused(tmp_path: Path) -> None:
+    metadata = {"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": ["a"] * 8}
+    write_gguf(tmp_path / "model.gguf", metadata=metadata)
+    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
+    with pytest.raises(CheckpointError, match="tokenizer does not convert"):
+        _ = checkpoint.tokenizer
