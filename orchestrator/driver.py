@@ -4,11 +4,11 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeAlias, assert_never
+from typing import Literal, TypeAlias, assert_never
 
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.core import Core
-from edgellm.orchestrator.core.events import Event, RequestSubmitted, Tick
+from edgellm.orchestrator.core.events import Event, RequestEnded, RequestSubmitted, Tick
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued
 from edgellm.orchestrator.core.values import ConnectionId, RequestId, RequestSpec
 from edgellm.orchestrator.metrics import Metrics
@@ -49,7 +49,7 @@ class Driver:
         del self._outboxes[connection]
 
     def submit(self, spec: RequestSpec) -> ClientInbox:
-        """Hand a request in. The first event is its acceptance or rejection; a finish is the last."""
+        """Hand a request in. Its acceptance or rejection is in the inbox at once; a finish will be the last event."""
         inbox: ClientInbox = asyncio.Queue()
         if spec.request_id in self._inboxes:
             message = f"request id {spec.request_id!r} is in use: choose another, or leave it empty"
@@ -58,6 +58,11 @@ class Driver:
         self._inboxes[spec.request_id] = inbox
         self.post(RequestSubmitted(spec=spec))
         return inbox
+
+    def end(self, spec: RequestSpec, inbox: ClientInbox, reason: Literal["cancelled", "stop"]) -> None:
+        """End the request behind `inbox`. Without effect if it has ended: its id may belong to another one by now."""
+        if self._inboxes.get(spec.request_id) is inbox:
+            self.post(RequestEnded(request_id=spec.request_id, reason=reason))
 
     def post(self, event: Event) -> None:
         for command in self.core.handle(self.clock(), event):

@@ -39,7 +39,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Writes instead of yielding, so that a disconnect is raised here, wherever this stands."""
         spec = await self._read(request, context)
         inbox = self._driver.submit(spec)
-        first = await inbox.get()
+        first = inbox.get_nowait()
         if isinstance(first, commands.RejectRequest):
             await _reject(first, context)
         try:
@@ -47,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             answer = AnswerText(self._reader.tokenizer.decode, request.stop, self._silent_tokens(spec))
             await self._answer(spec, inbox, answer, context)
         finally:
-            self._driver.post(RequestEnded(request_id=spec.request_id, reason="cancelled"))
+            self._driver.end(spec, inbox, "cancelled")
 
     async def Cancel(  # noqa: N802
         self, request: inference_pb2.CancelRequest, context: AnyContext
@@ -92,7 +92,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     sent += 1
                     text = answer.feed(token.token_id)
                     if answer.stopped:
-                        self._driver.post(RequestEnded(request_id=spec.request_id, reason="stop"))
+                        self._driver.end(spec, inbox, "stop")
                     await context.write(_token(token, text))
                 case commands.FinishRequest(reason=reason, message=message, stats=stats):
                     text = answer.flush()

@@ -99,6 +99,7 @@ class NodeRegistry:
         self._config = config
         self._by_id: dict[NodeId, Node] = {}
         self._alive: dict[ConnectionId, Node] = {}
+        self._orphans: dict[NodeId, set[AttemptId]] = {}
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._by_id.values())
@@ -132,8 +133,24 @@ class NodeRegistry:
     def bury(self, node: Node) -> None:
         """Its process is gone or fenced off, and with it everything it held."""
         node.state = "dead"
+        self._orphans.setdefault(node.profile.node_id, set()).update(node.leases)
         node.leases.clear()
         del self._alive[node.connection]
+
+    def lease_orphans(self, now_s: float, node: Node) -> list[AttemptId]:
+        """Attempts that a new incarnation must be told to release, although it never had them.
+
+        They were on earlier incarnations when those died. A node that has not heard of it may still send their KV to
+        this address, where it would stay for ever. Those that nobody else has a part of are forgotten.
+        """
+        orphans = self._orphans.pop(node.profile.node_id, set())
+        for attempt in orphans:
+            node.leases[attempt] = Lease(blocks=0, prefill_tokens=0, released_s=now_s)
+        others = [other for other in self._alive.values() if other is not node]
+        kept = {attempt for attempt in orphans if any(attempt in other.leases for other in others)}
+        if kept:
+            self._orphans[node.profile.node_id] = kept
+        return sorted(orphans, key=lambda attempt: attempt.epoch)
 
     def refusal(self, profile: NodeProfile) -> str | None:
         """Why this process may not join, with what to do; None if it may."""

@@ -1,6 +1,6 @@
 """What happens when a node joins, is lost, or says that it lives."""
 
-from edgellm.orchestrator.core.commands import RefuseNode, WelcomeNode
+from edgellm.orchestrator.core.commands import RefuseNode, ReleaseAttempt, WelcomeNode
 from edgellm.orchestrator.core.events import HeartbeatReceived, NodeJoined, NodeLost
 from edgellm.orchestrator.core.state import ClusterState
 
@@ -15,6 +15,8 @@ def node_joined(state: ClusterState, event: NodeJoined) -> None:
         state.give_up_node(before, "replaced by a newer process")
     node = state.nodes.add(state.now_s, event.connection, event.profile)
     state.out.append(WelcomeNode(connection=node.connection, incarnation=node.incarnation))
+    for attempt in state.nodes.lease_orphans(state.now_s, node):
+        state.out.append(ReleaseAttempt(connection=node.connection, attempt=attempt))
     profile = node.profile
     state.note_node(node, f"{profile.role} on {profile.device_class}, {profile.kv_blocks} KV blocks")
 

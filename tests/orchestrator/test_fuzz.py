@@ -22,6 +22,20 @@ def test_no_seed_breaks_an_invariant():
         assert failure is None, tell(failure)
 
 
+@pytest.mark.slow
+def test_a_thousand_seeds_break_nothing():
+    for seed in range(1000, 2000):
+        _, failure = run_scenario(draw_scenario(seed), DualPool())
+        assert failure is None, tell(failure)
+
+
+@pytest.mark.parametrize("seed", [10076])
+def test_seeds_that_once_failed(seed):
+    """10076: KV of a fenced attempt reached the next process of its decode node, and stayed there."""
+    _, failure = run_scenario(draw_scenario(seed), DualPool())
+    assert failure is None, tell(failure)
+
+
 def test_a_seed_is_one_story():
     first, _ = run_scenario(draw_scenario(4), DualPool())
     second, _ = run_scenario(draw_scenario(4), DualPool())
@@ -105,6 +119,10 @@ def ignore_the_loss_of_a_kv_source(patch):
     patch.setattr(Request, "uses", lambda request, connection: connection == getattr(request.phase, "decode", None))
 
 
+def forget_what_earlier_processes_had(patch):
+    patch.setattr(NodeRegistry, "lease_orphans", lambda registry, now_s, node: [])
+
+
 MUTATIONS = (
     forget_epochs,
     never_release,
@@ -118,6 +136,11 @@ MUTATIONS = (
     ignore_deadlines_and_timeouts,
     ignore_the_loss_of_a_kv_source,
 )
+
+
+def test_a_forgotten_orphan_is_found(monkeypatch):
+    forget_what_earlier_processes_had(monkeypatch)
+    assert run_scenario(draw_scenario(10076), DualPool())[1] is not None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
