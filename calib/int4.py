@@ -1,5 +1,6 @@
-"""One group of linears, all reading the same input, to int4 with shared outlier channels."""
+"""One group of linears, all reading the same input, to int4 with shared input scale and outlier channels."""
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -14,45 +15,80 @@ DAMPING: Final = 0.01
 
 
 def quantize_group(
-    weights: list[torch.Tensor], moments: torch.Tensor, input_scale: torch.Tensor, precision: Int4
+    weights: list[torch.Tensor], moments: torch.Tensor, awq_scale: torch.Tensor, precision: Int4
 ) -> list[Int4Weight]:
-    """weights [N_i, K], moments [K, K] = sum of x x^T over calibration tokens, input_scale [K] > 0, all float32."""
-    scaled = torch.cat(weights) / input_scale
-    moments = _damped(moments * torch.outer(input_scale, input_scale))
+    """weights [N_i, K], moments [K, K] = E[x x^T] over calibration tokens, awq_scale [K] > 0, all float32.
+
+    The group is rounded with AWQ's input scale and without; the one whose outputs err less is kept. AWQ chooses its
+    scale for rounding to nearest, and compensated rounding often does better on the weights as they are.
+    """
+    weight = torch.cat(weights)
+    candidates = [_round(weight, moments, scale, precision) for scale in (None, awq_scale)]
+    best = min(candidates, key=lambda rounded: rounded.output_error(weight, moments))
+    return best.split([len(part) for part in weights], precision.group_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rounded:
+    """All linears of a group, stacked."""
+
+    levels: torch.Tensor
+    """float32 [N, K]."""
+    scale: torch.Tensor
+    """[N, K / group_size]."""
+    input_scale: torch.Tensor | None
+    """[K]."""
+    outliers: torch.Tensor
+    """int64 [O]."""
+    outlier_weight: torch.Tensor
+    """[N, O], for the unscaled input."""
+
+    def output_error(self, weight: torch.Tensor, moments: torch.Tensor) -> float:
+        """E |(w' - w) x|^2, summed over outputs."""
+        rounded = self.levels * self.scale.repeat_interleave(weight.shape[1] // self.scale.shape[1], dim=1)
+        if self.input_scale is not None:
+            rounded *= self.input_scale
+        rounded[:, self.outliers] = self.outlier_weight
+        difference = rounded - weight
+        return float((difference @ moments * difference).sum())
+
+    def split(self, sizes: list[int], group_size: int) -> list[Int4Weight]:
+        """The parts again, by their numbers of outputs."""
+        parts = (torch.split(rows, sizes) for rows in (self.levels, self.scale, self.outlier_weight))
+        return [
+            Int4Weight(
+                q=levels.to(torch.int8).numpy(),
+                scale=scale.numpy(),
+                group_size=group_size,
+                input_scale=None if self.input_scale is None else self.input_scale.numpy(),
+                outlier_columns=self.outliers.numpy().astype(np.int32),
+                outlier_weight=outlier_weight.numpy(),
+            )
+            for levels, scale, outlier_weight in zip(*parts, strict=True)
+        ]
+
+
+def _round(weight: torch.Tensor, moments: torch.Tensor, input_scale: torch.Tensor | None, precision: Int4) -> _Rounded:
+    """weight [N, K]; with an input scale, what is rounded is weight / input_scale, for the input x * input_scale."""
+    if input_scale is not None:
+        weight, moments = weight / input_scale, moments * torch.outer(input_scale, input_scale)
     importance = moments.diagonal()
-    outliers = choose_outliers(scaled, importance, precision)
-    quantised_part = scaled.index_fill(1, outliers, 0)
-    scale = search_scales(quantised_part, importance, precision.group_size)
-    levels, kept = round_compensated(scaled, scale, moments, outliers)
-    kept *= input_scale[outliers]
-    sizes = [len(weight) for weight in weights]
-    return [
-        Int4Weight(
-            q=part_levels.to(torch.int8).numpy(),
-            scale=part_scale.numpy(),
-            group_size=precision.group_size,
-            input_scale=input_scale.numpy(),
-            outlier_columns=outliers.numpy().astype(np.int32),
-            outlier_weight=part_kept.numpy(),
-        )
-        for part_levels, part_scale, part_kept in zip(
-            *(torch.split(rows, sizes) for rows in (levels, scale, kept)), strict=True
-        )
-    ]
+    outliers = choose_outliers(weight, importance, precision)
+    scale = search_scales(weight.index_fill(1, outliers, 0), importance, precision.group_size)
+    damped = moments + DAMPING * importance.mean() * torch.eye(len(moments))
+    levels, kept = round_compensated(weight, scale, damped, outliers)
+    if input_scale is not None:
+        kept *= input_scale[outliers]
+    return _Rounded(levels=levels, scale=scale, input_scale=input_scale, outliers=outliers, outlier_weight=kept)
 
 
-def choose_outliers(scaled: torch.Tensor, importance: torch.Tensor, precision: Int4) -> torch.Tensor:
+def choose_outliers(weight: torch.Tensor, importance: torch.Tensor, precision: Int4) -> torch.Tensor:
     """Ascending int64 [precision.outliers]: the channels whose rounding would cost most, E[x_k^2] |w_k - round(w_k)|^2.
 
-    scaled [N, K] weights, importance [K] = E[x_k^2]. MixQ (SC'24) takes the largest |x_k|; that misses channels whose
-    weights are hard to round.
+    weight [N, K], importance [K] = E[x_k^2]. MixQ (SC'24) takes the largest |x_k|; that misses channels whose weights
+    are hard to round.
     """
-    groups = scaled.view(len(scaled), -1, precision.group_size)
+    groups = weight.view(len(weight), -1, precision.group_size)
     step = groups.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 7
     error = (round_to_levels(groups, step) * step - groups).square().sum(0).flatten()
     return torch.topk(error * importance, precision.outliers).indices.sort().values
-
-
-def _damped(moments: torch.Tensor) -> torch.Tensor:
-    mean = moments.diagonal().mean()
-    return moments + DAMPING * mean * torch.eye(len(moments))

@@ -3,15 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 Encode: TypeAlias = Callable[[str], Sequence[int]]
 """Token ids of a text, without special tokens."""
-
-CALIBRATION_WINDOWS: Final = 16
-WINDOW_TOKENS: Final = 512
 
 
 class CalibrationTextError(ValueError):
@@ -19,7 +16,7 @@ class CalibrationTextError(ValueError):
 
 
 def windows_from_file(
-    path: Path, encode: Encode, bos_token_id: int | None, *, skip: int = 0, count: int, tokens: int = WINDOW_TOKENS
+    path: Path, encode: Encode, bos_token_id: int | None, *, skip: int = 0, count: int, tokens: int
 ) -> torch.Tensor:
     """int64 [count, tokens]: windows `skip` to `skip + count` of the file's texts, joined by BOS where there is one.
 
