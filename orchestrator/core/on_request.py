@@ -48,11 +48,21 @@ def request_ended(state: ClusterState, event: RequestEnded) -> None:
 
 
 def tick(state: ClusterState) -> None:
+    _forgive_own_silence(state)
     for node, reason in state.nodes.overdue(state.now_s):
         state.give_up_node(node, reason)
     refresh_suspicion(state)
     for request in list(state.requests.values()):
         _check_bounds(state, request)
+
+
+def _forgive_own_silence(state: ClusterState) -> None:
+    """If time stood still here (a busy or suspended machine), heartbeats were not read, and silence proves nothing."""
+    gap_s = state.now_s - state.last_tick_s
+    state.last_tick_s = state.now_s
+    if gap_s > state.config.suspect_after_s:
+        for node in state.nodes.alive():
+            node.last_beat_s = min(state.now_s, node.last_beat_s + gap_s)
 
 
 def _check_bounds(state: ClusterState, request: Request) -> None:

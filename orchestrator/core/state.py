@@ -26,6 +26,7 @@ class ClusterState:
         self.requests: dict[RequestId, Request] = {}
         self.finished_count = 0
         self.now_s = 0.0
+        self.last_tick_s = 0.0
         self.out: list[Command] = []
         self._epoch = config.first_epoch
 

@@ -167,6 +167,17 @@ def test_cancel_ends_the_stream(live_cluster, make_node):
     assert run(scenario()) == (True, inference_pb2.FINISH_REASON_CANCELLED, False)
 
 
+def test_an_id_may_be_used_again_at_once(live_cluster):
+    async def scenario():
+        async with live_cluster() as cluster:
+            asked = [request(number, max_tokens=3, request_id="same") for number in range(20)]
+            return [await collect(cluster.stub.Generate(one)) for one in asked]
+
+    for number, (tokens, finished) in enumerate(run(scenario())):
+        assert tokens == expected(request(number, max_tokens=3))
+        assert finished.reason == inference_pb2.FINISH_REASON_LENGTH
+
+
 def test_a_deadline_ends_the_request(live_cluster, make_node):
     async def scenario():
         async with live_cluster(make_node("p0", "prefill"), make_node("d0", "decode", device=SLOW)) as cluster:
