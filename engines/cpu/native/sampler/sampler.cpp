@@ -43,7 +43,7 @@ Peak finite_peak(std::span<const float> logits) {
 }  // namespace
 
 Sampler::Sampler(size_t vocab_size) : adjusted_(vocab_size), weights_(vocab_size), is_seen_(vocab_size) {
-  best_.reserve(vocab_size);
+  scratch_.reserve(vocab_size);
 }
 
 Choice Sampler::sample(std::span<const float> logits, const Params& params, std::span<const int32_t> history,
@@ -107,32 +107,43 @@ void Sampler::keep_top_k(std::span<const float> logits, size_t top_k) {
   const auto is_better = [&](int32_t a, int32_t b) {
     return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
   };
-  best_.clear();
-  for (size_t i = 0; i < top_k; ++i) best_.push_back(static_cast<int32_t>(i));
-  std::make_heap(best_.begin(), best_.end(), is_better);
-  float worst = logits[best_.front()];
+  scratch_.clear();
+  for (size_t i = 0; i < top_k; ++i) scratch_.push_back(static_cast<int32_t>(i));
+  std::make_heap(scratch_.begin(), scratch_.end(), is_better);
+  float worst = logits[scratch_.front()];
   for (size_t i = top_k; i < logits.size(); ++i) {
     if (logits[i] <= worst) continue;
-    std::pop_heap(best_.begin(), best_.end(), is_better);
-    best_.back() = static_cast<int32_t>(i);
-    std::push_heap(best_.begin(), best_.end(), is_better);
-    worst = logits[best_.front()];
+    std::pop_heap(scratch_.begin(), scratch_.end(), is_better);
+    scratch_.back() = static_cast<int32_t>(i);
+    std::push_heap(scratch_.begin(), scratch_.end(), is_better);
+    worst = logits[scratch_.front()];
   }
-  keep_up_to(logits, best_.front(), weights_);
+  keep_up_to(logits, scratch_.front(), weights_);
 }
 
-// The weight at which the likeliest tokens reach the target is found bit by bit, in passes that the compiler
-// vectorises; of the tokens with exactly that weight, the first ones are kept.
+// The weight at which the likeliest tokens reach the target is found bit by bit; of the tokens with exactly that
+// weight, the first ones are kept. All weights below the mean of what may be left out cannot together be more than
+// that, so they are not looked at.
 void Sampler::keep_top_p(double top_p) {
-  const double target = top_p * static_cast<double>(sum_at_least(1, weights_));
+  const auto total = static_cast<double>(sum_at_least(1, weights_));
+  const double target = top_p * total;
+  const auto mean_left_out = static_cast<int32_t>((total - target) / static_cast<double>(weights_.size()));
+  collect(std::max(mean_left_out, 1));
   int32_t cut = 0;
   for (int32_t bit = kWeightOne; bit > 0; bit >>= 1) {
-    if (static_cast<double>(sum_at_least(cut | bit, weights_)) >= target) cut |= bit;
+    if (static_cast<double>(sum_at_least(cut | bit, scratch_)) >= target) cut |= bit;
   }
-  auto cumulative = static_cast<double>(sum_at_least(cut + 1, weights_));
+  auto cumulative = static_cast<double>(sum_at_least(cut + 1, scratch_));
   size_t last = 0;
   while (weights_[last] != cut || (cumulative += cut) < target) ++last;
   keep_up_to(weights_, static_cast<int32_t>(last), weights_);
+}
+
+void Sampler::collect(int32_t threshold) {
+  scratch_.clear();
+  for (const int32_t weight : weights_) {
+    if (weight >= threshold) scratch_.push_back(weight);
+  }
 }
 
 }  // namespace edgellm::sampler

@@ -45,10 +45,12 @@ class Sampler {
   int32_t draw(std::span<const float> logits, float max, const Params& params, uint64_t index);
   void keep_top_k(std::span<const float> logits, size_t top_k);
   void keep_top_p(double top_p);
+  // Fills scratch_ with the weights that are at least the threshold.
+  void collect(int32_t threshold);
 
   std::vector<float> adjusted_;   // [vocab_size]
   std::vector<int32_t> weights_;  // [vocab_size]
-  std::vector<int32_t> best_;     // the heap of top-k, at most vocab_size
+  std::vector<int32_t> scratch_;  // the heap of top-k, then the weights that top-p looks at; at most vocab_size
   std::vector<uint8_t> is_seen_;  // [vocab_size], all zero between calls
 };
 
