@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgellm.engines.sampling import SamplingError, SamplingParams, sample, sample_reference
@@ -52,6 +52,7 @@ def cases(draw: st.DrawFn) -> tuple[FloatArray, SamplingParams, npt.NDArray[np.i
     )
 
 
+@settings(deadline=None)
 @given(cases())
 def test_native_equals_twin(case: tuple[FloatArray, SamplingParams, npt.NDArray[np.int32], int]) -> None:
     logits, params, history, index = case
