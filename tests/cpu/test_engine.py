@@ -57,7 +57,7 @@ def test_logits_equal_the_interpreter(kit, loader, isa, architecture, precision,
     found = two_prompts_then_one_token(kit, loader.cpu(model, isa=isa, dtype=dtype))
     errors = row_errors(found, expected)
     assert np.quantile(errors, 0.05) < (0.02 if rounds_to_bf16(isa, precision) else 2e-5)
-    assert errors.max() < 0.04
+    assert errors.max() < 0.1
 
 
 @pytest.mark.parametrize("head_dim", [12, 20, 64, 80])

@@ -67,35 +67,46 @@ inline F32 nibble_weight(I32 words) {
 struct Int4FloatTile {
   template <int Rows, int Panels>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    for (int p = 0; p < Panels; ++p) {
-      run_panel<Rows>(args, row, panel + p);
+    F32 total[Rows][Panels];
+    for (auto& sums : total) {
+      for (F32& sum : sums) sum = zero();
     }
-  }
-
-  template <int Rows>
-  static void run_panel(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    F32 total[Rows];
-    for (F32& sum : total) sum = zero();
     for (std::int64_t group = 0; group < args.channels / args.group_size; ++group) {
-      F32 sum[Rows];
-      for (F32& part : sum) part = zero();
-      for (std::int64_t k = group * args.group_size; k < (group + 1) * args.group_size; k += 8) {
-        add_line<Rows>(args, row, k, load_i32(panel_weight(args, panel) + k / 8 * kLineBytes), sum);
-      }
-      const F32 scale = group_scale(args, panel, group);
-      for (int r = 0; r < Rows; ++r) total[r] = fma(sum[r], scale, total[r]);
+      add_group(args, row, panel, group, total);
     }
-    for (int r = 0; r < Rows; ++r) finish_scaled(args, row + r, panel, total[r]);
+    for (int r = 0; r < Rows; ++r) {
+      for (int p = 0; p < Panels; ++p) finish_scaled(args, row + r, panel + p, total[r][p]);
+    }
   }
 
-  template <int Rows>
-  static void add_line(const LinearArgs& args, std::int64_t row, std::int64_t k, I32 words, F32 (&sum)[Rows]) {
-    const F32 w[8] = {nibble_weight<0>(words),  nibble_weight<8>(words), nibble_weight<16>(words),
-                      nibble_weight<24>(words), nibble_weight<4>(words), nibble_weight<12>(words),
+  template <int Rows, int Panels>
+  static void add_group(const LinearArgs& args, std::int64_t row, std::int64_t panel, std::int64_t group,
+                        F32 (&total)[Rows][Panels]) {
+    F32 sum[Rows][Panels];
+    for (auto& sums : sum) {
+      for (F32& part : sums) part = zero();
+    }
+    for (std::int64_t k = group * args.group_size; k < (group + 1) * args.group_size; k += 8) {
+      for (int p = 0; p < Panels; ++p) {
+        add_line(args, row, p, k, load_i32(panel_weight(args, panel + p) + k / 8 * kLineBytes), sum);
+      }
+    }
+    for (int p = 0; p < Panels; ++p) {
+      const F32 scale = group_scale(args, panel + p, group);
+      for (int r = 0; r < Rows; ++r) total[r][p] = fma(sum[r][p], scale, total[r][p]);
+    }
+  }
+
+  // Adds the line's eight channels to the sums of panel `p`.
+  template <int Rows, int Panels>
+  static void add_line(const LinearArgs& args, std::int64_t row, int p, std::int64_t k, I32 words,
+                       F32 (&sum)[Rows][Panels]) {
+    const F32 w[8] = {nibble_weight<0>(words),  nibble_weight<8>(words),  nibble_weight<16>(words),
+                      nibble_weight<24>(words), nibble_weight<4>(words),  nibble_weight<12>(words),
                       nibble_weight<20>(words), nibble_weight<28>(words)};
     for (int r = 0; r < Rows; ++r) {
       const float* x = record_at<float>(args, row + r, 0) + k;
-      for (int j = 0; j < 8; ++j) sum[r] = fma(w[j], set1(x[j]), sum[r]);
+      for (int j = 0; j < 8; ++j) sum[r][p] = fma(w[j], set1(x[j]), sum[r][p]);
     }
   }
 };

@@ -46,26 +46,29 @@ inline F32 channel_weight(I32 words) {
 struct Int8FloatTile {
   template <int Rows, int Panels>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    for (int p = 0; p < Panels; ++p) {
-      run_panel<Rows>(args, row, panel + p);
+    const std::int64_t panel_bytes = args.channels / 4 * kLineBytes;
+    const std::uint8_t* weight = args.weight + panel * panel_bytes;
+    const float* x[Rows];
+    F32 sum[Rows][Panels];
+    for (int r = 0; r < Rows; ++r) {
+      x[r] = record_at<float>(args, row + r, 0);
+      for (int p = 0; p < Panels; ++p) sum[r][p] = zero();
     }
-  }
-
-  template <int Rows>
-  static void run_panel(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    const std::uint8_t* weight = args.weight + panel * args.channels / 4 * kLineBytes;
-    F32 sum[Rows];
-    for (int r = 0; r < Rows; ++r) sum[r] = zero();
     for (std::int64_t k = 0; k < args.channels; k += 4) {
-      const I32 words = load_i32(weight + k / 4 * kLineBytes);
-      const F32 w[4] = {channel_weight<0>(words), channel_weight<1>(words), channel_weight<2>(words),
-                        channel_weight<3>(words)};
-      for (int r = 0; r < Rows; ++r) {
-        const float* x = record_at<float>(args, row + r, 0) + k;
-        for (int j = 0; j < 4; ++j) sum[r] = fma(w[j], set1(x[j]), sum[r]);
+      for (int p = 0; p < Panels; ++p) {
+        const I32 words = load_i32(weight + p * panel_bytes + k / 4 * kLineBytes);
+        const F32 w[4] = {channel_weight<0>(words), channel_weight<1>(words), channel_weight<2>(words),
+                          channel_weight<3>(words)};
+        for (int r = 0; r < Rows; ++r) {
+          for (int j = 0; j < 4; ++j) sum[r][p] = fma(w[j], set1(x[r][k + j]), sum[r][p]);
+        }
       }
     }
-    for (int r = 0; r < Rows; ++r) finish(args, row + r, panel, mul(sum[r], column_scale(args, panel)));
+    for (int r = 0; r < Rows; ++r) {
+      for (int p = 0; p < Panels; ++p) {
+        finish(args, row + r, panel + p, mul(sum[r][p], column_scale(args, panel + p)));
+      }
+    }
   }
 };
 

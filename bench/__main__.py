@@ -1,0 +1,38 @@
+"""`python -m bench NAME [--json]`: measure one part of the project and hold it to its targets."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+NAMES = ("engine", "kernels", "system")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Each benchmark is a module with `add_arguments(parser)` and `run(options) -> Report`."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    subparsers = parser.add_subparsers(dest="name", required=True)
+    modules = {name: importlib.import_module(f"bench.{name}") for name in _wanted(arguments)}
+    for name, module in modules.items():
+        subparser = subparsers.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        subparser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        module.add_arguments(subparser)
+    options = parser.parse_args(arguments)
+    report = modules[options.name].run(options)
+    if options.json:
+        print(report.as_json())
+    else:
+        report.show(Console())
+    return 0
+
+
+def _wanted(arguments: Sequence[str] | None) -> Sequence[str]:
+    """Only the named benchmark is imported: others may need packages that it does not."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return [given[0]] if given and given[0] in NAMES else NAMES
+
+
+if __name__ == "__main__":
+    sys.exit(main())
