@@ -14,7 +14,7 @@ from edgellm.engines.batch import check_batch
 from edgellm.engines.cpu import isa as isas
 from edgellm.engines.cpu._native import Executor
 from edgellm.engines.cpu.compiler import PLAN_FILE, WEIGHTS_FILE
-from edgellm.engines.cpu.plan import BACKEND_VERSION, Plan
+from edgellm.engines.cpu.plan import BACKEND_VERSION, Plan, segments
 from edgellm.engines.cpu.replay import Replay
 from edgellm.engines.kv import HostKvPool
 from edgellm.engines.spec import EngineLimits, EngineSpec
@@ -117,9 +117,12 @@ def load_plan(folder: Path) -> Plan:
         version = msgspec.json.decode(path.read_bytes(), type=dict[str, object]).get("backend_version")
         if version != BACKEND_VERSION:
             raise ValueError(f"{path} is for {version}, this is {BACKEND_VERSION}; rebuild it with edgellm-build")
-        return msgspec.json.decode(path.read_bytes(), type=Plan)
+        plan = msgspec.json.decode(path.read_bytes(), type=Plan)
     except msgspec.MsgspecError as error:
         raise ValueError(f"{path} is damaged ({error}); rebuild it with edgellm-build") from error
+    if any(not 0 <= segment.offset <= plan.weights_bytes - segment.bytes for segment in segments(plan)):
+        raise ValueError(f"{path} is damaged (a weight lies outside of the file); rebuild it with edgellm-build")
+    return plan
 
 
 def _check_spec(plan: Plan, spec: EngineSpec) -> None:

@@ -5,6 +5,7 @@ Buffers hold float32 rows or a linear's prepared input, `row_bytes` per row. A b
 do not overlap. Weights are segments of `weights.bin`.
 """
 
+from collections.abc import Iterator
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -179,3 +180,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     output: View
     is_first_stage: bool
     is_last_stage: bool
+
+
+def segments(plan: Plan) -> Iterator[Segment]:
+    """All segments that the plan's ops name."""
+    for op in plan.ops:
+        yield from (value for name in op.__struct_fields__ if isinstance(value := getattr(op, name), Segment))
