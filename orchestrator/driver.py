@@ -4,13 +4,14 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal, TypeAlias, assert_never
+from itertools import product
+from typing import Literal, TypeAlias, assert_never, get_args
 
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import Event, RequestEnded, RequestSubmitted, Tick
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued
-from edgellm.orchestrator.core.values import ConnectionId, RequestId, RequestSpec
+from edgellm.orchestrator.core.values import ConnectionId, NodeState, RequestId, RequestSpec, Role
 from edgellm.orchestrator.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,5 @@ class Driver:
         for state, count in self.request_counts().items():
             self.metrics.in_state.labels(state).set(count)
         nodes = Counter((node.profile.role, node.state) for node in self.core.state.nodes)
-        self.metrics.nodes.clear()
-        for (role, node_state), count in nodes.items():
-            self.metrics.nodes.labels(role, node_state).set(count)
+        for role, node_state in product(get_args(Role), get_args(NodeState)):
+            self.metrics.nodes.labels(role, node_state).set(nodes[role, node_state])

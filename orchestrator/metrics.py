@@ -32,6 +32,7 @@ class Metrics:
 
     def observe_finished(self, reason: FinishReason, stats: RequestStats) -> None:
         self.requests.labels(reason, stats.prefill_path or "none").inc()
+        self.tokens.inc(stats.generated_tokens)
         self.queue.observe(stats.queue_ms / 1e3)
         if stats.generated_tokens > 0:
             self.ttft.observe(stats.ttft_ms / 1e3)

@@ -39,7 +39,9 @@ class Core:
         """Take one event at time `now_s`, which must not go backwards; returns what to do, in order."""
         self.state.now_s = now_s
         _apply(self.state, event)
-        place_waiting(self.state, self._policy)
+        if self.state.may_place or isinstance(event, Tick):
+            place_waiting(self.state, self._policy)
+            self.state.may_place = False
         out, self.state.out = self.state.out, []
         return out
 

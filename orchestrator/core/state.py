@@ -27,6 +27,8 @@ class ClusterState:
         self.finished_count = 0
         self.now_s = 0.0
         self.last_tick_s = 0.0
+        self.may_place = False
+        """Whether the event under way made room or work, so that the policy should be asked."""
         self.out: list[Command] = []
         self._epoch = config.first_epoch
 
@@ -45,8 +47,8 @@ class ClusterState:
     def let_go(self, connection: ConnectionId, attempt: AttemptId) -> None:
         """The node is known to hold nothing of the attempt any more."""
         node = self.nodes.get(connection)
-        if node is not None:
-            node.leases.pop(attempt, None)
+        if node is not None and node.leases.pop(attempt, None) is not None:
+            self.may_place = True
 
     def release(self, request: Request) -> None:
         """Tell every node that may hold something of the attempt under way to forget it."""
@@ -103,9 +105,11 @@ class ClusterState:
     def note_request(
         self, request: Request, state: Literal["queued", "prefilling", "decoding", "finished"], detail: str
     ) -> None:
+        self.may_place = True
         self.out.append(NoteRequest(request_id=request.id, epoch=request.epoch, state=state, detail=detail))
 
     def note_node(self, node: Node, detail: str) -> None:
+        self.may_place = True
         profile = node.profile
         self.out.append(
             NoteNode(node_id=profile.node_id, incarnation=node.incarnation, state=node.state, detail=detail)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
 from edgellm.orchestrator.policies.cost import CostModel
@@ -35,12 +36,14 @@ class DualPool:
     """Seconds of implied deadline per second of reading."""
     max_ahead_tokens: int = 4096
     """Prompt tokens a prefill node is given at a time; a longer prompt goes alone."""
+    max_considered: int = 64
+    """Requests looked at per plan, the most urgent ones: bounds the time of a plan under overload."""
 
     def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
         nodes = self.cost.with_speeds(nodes)
         room = Room(nodes)
         placements = []
-        for request in sorted(waiting, key=lambda request: self._order(request, nodes)):
+        for request in nsmallest(self.max_considered, waiting, key=lambda request: self._order(request, nodes)):
             option = self._best(request, room)
             if option is not None and option.now:
                 room.take(request, option.placement)

@@ -51,8 +51,6 @@ class Process:
     def __init__(self, profile: NodeProfile, device: DeviceModel, world: Surroundings) -> None:
         self.name = profile.node_id
         self.node: SimNode | None = None
-        self.last_beat_s = 0.0
-        """When it last said that it lives."""
         self._profile = profile
         self._device = device
         self._world = world
@@ -100,7 +98,6 @@ class Process:
         self._up = Channel(timeline, delay, self._world.to_core)
         self._down = Channel(timeline, delay, self._when_running(self.node, self._obey))
         self._running_step = False
-        self.last_beat_s = timeline.now_s
         self._up.send(NodeJoined(connection=connection, profile=self._profile))
         self._beat(self.node)
 
@@ -157,7 +154,6 @@ class Process:
         assert self.node is not None
         self.node.expire(self._world.timeline.now_s)
         if self._world.beats_get_through(self.name):
-            self.last_beat_s = self._world.timeline.now_s
             self._say(HeartbeatReceived(connection=self.node.connection, load=self.node.load()))
         self._spread()
 

@@ -14,7 +14,7 @@ from edgellm.orchestrator.core.commands import (
     RejectRequest,
 )
 from edgellm.orchestrator.core.core import Core
-from edgellm.orchestrator.core.events import Event, RequestEnded, RequestSubmitted, Tick
+from edgellm.orchestrator.core.events import Event, HeartbeatReceived, NodeJoined, RequestEnded, RequestSubmitted, Tick
 from edgellm.orchestrator.core.values import ConnectionId, NodeId, NodeProfile, RequestId, RequestSpec
 from edgellm.orchestrator.sim.clients import Clients
 from edgellm.orchestrator.sim.device import DeviceModel, LinkModel
@@ -52,6 +52,7 @@ class World:
         self._rng = rng
         self._check = check
         self._connections: dict[ConnectionId, Process] = {}
+        self._heard_s: dict[ConnectionId, float] = {}
         self._tick()
 
     def add_node(self, profile: NodeProfile, device: DeviceModel) -> None:
@@ -97,6 +98,8 @@ class World:
         return self.processes[name]
 
     def to_core(self, event: Event) -> None:
+        if isinstance(event, HeartbeatReceived | NodeJoined):
+            self._heard_s[event.connection] = self.timeline.now_s
         for command in self.core.handle(self.timeline.now_s, event):
             self._carry_out(command)
         if self._check:
@@ -122,7 +125,7 @@ class World:
             counted = self.core.state.nodes.get(node.connection) if node is not None else None
             if node is None or counted is None:
                 continue
-            silence_s = self.timeline.now_s - process.last_beat_s - self.trouble.extra_delay_s.get(process.name, 0.0)
+            silence_s = self.timeline.now_s - self._heard_s[node.connection]
             if silence_s > longest_s:
                 raise SimulationError(f"{process.name} is silent for {silence_s:.2f} s and still counted as alive")
             for attempt in node.held_attempts():

@@ -2,16 +2,22 @@
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from edgellm.orchestrator import cli, serve
 from edgellm.orchestrator.bundle import BundleError, Placement, Plan, open_bundle
+from edgellm.orchestrator.client import connect
 from edgellm.orchestrator.local_nodes import planned_nodes
 from edgellm.orchestrator.sim import cli as sim_cli
+from edgellm.runtime.rpc.inference_pb2 import GetClusterRequest
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,22 @@ def test_chat_keeps_the_conversation(address, capsys, monkeypatch):
     assert len(prompts) == 2
     first, second = (int(line.split()[1]) for line in prompts)
     assert second > first
+
+
+def test_ctrl_c_cancels_without_a_traceback(address):
+    command = [sys.executable, "-m", "edgellm.orchestrator.cli", "generate", "--server", address, "--raw"]
+    command += ["--prompt", "hello", "--ignore-eos", "--max-tokens", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors.strip()) == (130, b"")
+    with connect(address) as stub:
+        deadline_s = time.monotonic() + 10
+        while stub.GetCluster(GetClusterRequest()).decoding and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert stub.GetCluster(GetClusterRequest()).decoding == 0
 
 
 def test_status_shows_every_node(address, capsys):

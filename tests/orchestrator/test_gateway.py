@@ -298,6 +298,24 @@ def test_status_health_and_reflection(live_cluster):
     assert "edgellm.v1.Inference" in {service.name for service in services.service}
 
 
+def test_metrics_count_what_was_served(live_cluster):
+    async def scenario():
+        async with live_cluster() as cluster:
+            for number in range(3):
+                await collect(cluster.stub.Generate(request(number)))
+            await code_of(cluster.stub.Generate(request(1, max_tokens=2000, prompt_tokens=9000)))
+            registry = cluster.orchestrator.driver.metrics.registry
+            outcome = {"outcome": "length", "prefill_path": "remote"}
+            return [
+                registry.get_sample_value("edgellm_requests_total", outcome),
+                registry.get_sample_value("edgellm_ttft_seconds_count"),
+                registry.get_sample_value("edgellm_tokens_total"),
+                registry.get_sample_value("edgellm_nodes", {"role": "decode", "state": "ready"}),
+            ]
+
+    assert run(scenario()) == [3, 3, 30, 1]
+
+
 def test_a_port_in_use_is_said_to_be(bundle):
     async def scenario():
         async with run_orchestrator(bundle, core_config(bundle), DualPool(), "127.0.0.1:0") as first:
