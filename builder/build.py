@@ -13,7 +13,7 @@ from edgellm.builder.context import BuildContext
 from edgellm.builder.models import build_graph
 from edgellm.builder.options import BuildOptions
 from edgellm.builder.plan import BuildPlan, PlanInputs, make_plan
-from edgellm.builder.recipes import decode_graph, decode_recipe, half_recipe
+from edgellm.builder.recipes import calibration_source, decode_graph, decode_recipe, half_recipe
 from edgellm.builder.steps import StepCache, StepResult
 from edgellm.builder.verify import measure
 from edgellm.calib.recipe import Progress, kept_at_int8
@@ -131,6 +131,6 @@ def _provenance(context: BuildContext) -> dict[str, str]:
     return tools | {
         "backend": context.compiler.version,
         "precision_decode": options.precision_decode,
-        "calibration_text": options.calib_data.name if options.calib_data else "sampled from the model",
+        "calibration_text": calibration_source(context).description,
         **{f"quantize.{name}": str(value) for name, value in sorted(vars(options.quantize).items())},
     }

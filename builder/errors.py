@@ -21,6 +21,6 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         if error.errno not in _NO_SPACE:
             raise
         raise BuildError(
-            f"no space left while writing to {folder} ({error.strerror}); nothing was left behind. "
+            f"no space left while writing to {folder} ({error.strerror}); nothing unfinished was left behind. "
             "Free some space, or choose another --output or --cache-dir"
         ) from error

@@ -1,6 +1,8 @@
 """The two versions of a model that a bundle carries: half precision for prefill, quantised for decode."""
 
+import errno
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,7 @@ def calibration_source(context: BuildContext) -> TextSource:
 
 def _quantize(context: BuildContext, text: StepResult, folder: Path) -> None:
     import torch
+    from safetensors import SafetensorError
 
     from edgellm.calib.quantize import quantize
     from edgellm.calib.store import save_quantized
@@ -97,7 +100,16 @@ def _quantize(context: BuildContext, text: StepResult, folder: Path) -> None:
         context.options.quantize,
         context.progress,
     )
-    save_quantized(folder, graph, weights)
+    try:
+        save_quantized(folder, graph, weights)
+    except SafetensorError as error:
+        raise OSError(_error_number(error), str(error)) from error
+
+
+def _error_number(error: Exception) -> int:
+    """The system's error number, which safetensors gives only in the text of its errors."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else errno.EIO
 
 
 def _load(folder: Path) -> WeightStore:

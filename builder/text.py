@@ -32,7 +32,7 @@ class TextSource:
 
     @property
     def description(self) -> str:
-        return "sampled from the model" if self.file is None else self.file.name
+        return f"sampled from the model, seed {self.seed}" if self.file is None else self.file.name
 
 
 def text_windows(context: BuildContext, source: TextSource) -> StepResult:

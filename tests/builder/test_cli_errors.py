@@ -144,14 +144,17 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_full_disk(stories260k: Path, tmp_path: Path, options: list[str | Path]) -> None:
+@pytest.mark.parametrize("precision", ["half", "int4"])
+def test_a_full_disk(
+    precision: str, stories260k: Path, c4_file: Path, tmp_path: Path, options: list[str | Path]
+) -> None:
     """A limit on the size of files stands for it: the system refuses the same writes."""
-    command = [sys.executable, "-m", "edgellm.builder.cli", "--checkpoint", stories260k, *options]
+    inputs = ["--checkpoint", stories260k, "--calib-data", c4_file, "--precision-decode", precision]
     done = subprocess.run(
-        [*command, "--precision-decode", "half"],
+        [sys.executable, "-m", "edgellm.builder.cli", *inputs, *options],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
         preexec_fn=limit_file_size,
     )
@@ -159,4 +162,6 @@ def test_a_full_disk(stories260k: Path, tmp_path: Path, options: list[str | Path
     assert "no space left while writing to" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bundle").exists()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.rglob("*.tmp")) == []
+    unfinished = [path for path in tmp_path.glob("cache/*/*") if not (path / "step.json").is_file()]
+    assert unfinished == []

@@ -13,7 +13,7 @@ import pytest
 from edgellm.builder.cli import main
 from edgellm.engines.base import Batch, Engine
 from edgellm.engines.bundle import BundleError, bundle_sha256, engine_spec, open_bundle
-from edgellm.engines.kv import HostKvPool
+from edgellm.engines.kv import BlockId, HostKvPool
 from edgellm.engines.load import load_engine
 
 TWO_STAGES = """
@@ -28,6 +28,7 @@ prefill = ["a"]
 decode = ["b", "c"]
 """
 TOKENS = np.arange(1, 41, dtype=np.int32)
+BLOCKS = [BlockId(0), BlockId(1)]
 
 
 def build(checkpoint: Path, output: Path, cache: Path, *more: str, capsys: pytest.CaptureFixture[str]) -> Any:
@@ -58,65 +59,100 @@ def load(bundle: Path, *names: str) -> list[Engine]:
     return [load_engine(bundle, name, kv_blocks=2, threads=1) for name in names]
 
 
-@pytest.fixture(params=["stories260k", "gptneox_stories"])
+@pytest.fixture(scope="module", params=["stories260k", "gptneox_stories"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
 
 
+@pytest.fixture(scope="module")
+def text_options(c4_file: Path) -> tuple[str, ...]:
+    """Text from a file, which is quicker than sampling it, and short windows to measure."""
+    return ("--calib-data", str(c4_file), "--eval-data", str(c4_file), "--max-seq-len", "64")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished steps that several tests can use."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def staged_bundle(
+    checkpoint: Path, text_options: tuple[str, ...], cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """One prefill engine, two decode stages and their takeover engine."""
+    folder = tmp_path_factory.mktemp("staged")
+    (folder / "cluster.toml").write_text(TWO_STAGES)
+    inputs = ["--checkpoint", checkpoint, "--cluster", folder / "cluster.toml", *text_options]
+    assert main([*map(str, inputs), "--output", str(folder / "bundle"), "--cache-dir", str(cache), "--no-verify"]) == 0
+    return folder / "bundle"
+
+
 def test_a_bundle_repeats_and_its_steps_are_reused(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, text_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = build(checkpoint, tmp_path / "first", tmp_path / "cache", capsys=capsys)
-    again = build(checkpoint, tmp_path / "again", tmp_path / "cache", capsys=capsys)
-    afresh = build(checkpoint, tmp_path / "afresh", tmp_path / "other cache", capsys=capsys)
+    first = build(checkpoint, tmp_path / "first", tmp_path / "cache", *text_options, capsys=capsys)
+    again = build(checkpoint, tmp_path / "again", tmp_path / "cache", *text_options, capsys=capsys)
+    afresh = build(checkpoint, tmp_path / "afresh", tmp_path / "other cache", *text_options, capsys=capsys)
     assert first["sha256"] == again["sha256"] == afresh["sha256"] == bundle_sha256(tmp_path / "afresh")
-    names = ["quantize", "compile-prefill-tp0of1", "compile-decode-pp0of1", "quality"]
-    assert [step["step"] for step in first["steps"]] == names
-    assert [step["reused"] for step in first["steps"] + again["steps"] + afresh["steps"]] == (
-        [False] * 4 + [True] * 4 + [False] * 4
-    )
+    assert [step["step"] for step in first["steps"]] == [
+        "calibration-text",
+        "quantize",
+        "compile-prefill-tp0of1",
+        "compile-decode-pp0of1",
+        "evaluation-text",
+        "quality",
+    ]
+    assert {step["reused"] for step in again["steps"]} == {True}
+    assert {step["reused"] for step in first["steps"] + afresh["steps"]} == {False}
     quality = first["bundle"]["quality"]
-    assert quality["perplexity"].keys() == {"reference", "half", "int4", "hybrid"}
+    assert quality["text"] == "c4-800.jsonl"
+    assert (quality["windows"], quality["window_tokens"]) == (24, 64)
     assert quality["perplexity"]["half"] == pytest.approx(quality["perplexity"]["reference"], rel=0.01)
+    assert quality["perplexity"]["int4"] == pytest.approx(quality["perplexity"]["reference"], rel=0.3)
+    assert quality["kl_to_reference"]["half"] < quality["kl_to_reference"]["hybrid"] < 0.5
 
 
 def test_a_changed_option_redoes_what_depends_on_it(
-    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stories260k: Path, text_options: tuple[str, ...], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = tmp_path / "cache"
-    first = build(stories260k, tmp_path / "bundle", cache, "--no-verify", capsys=capsys)
-    fewer = build(stories260k, tmp_path / "bundle", cache, "--no-verify", "--outliers", "8", capsys=capsys)
+    options = (*text_options, "--no-verify")
+    first = build(stories260k, tmp_path / "bundle", cache, *options, capsys=capsys)
+    fewer = build(stories260k, tmp_path / "bundle", cache, *options, "--outliers", "8", capsys=capsys)
     assert first["sha256"] != fewer["sha256"]
     assert {step["step"]: step["reused"] for step in fewer["steps"]} == {
+        "calibration-text": True,
         "quantize": False,
         "compile-prefill-tp0of1": True,
         "compile-decode-pp0of1": False,
     }
 
 
-def test_prompt_kv_goes_from_prefill_to_decode(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_without_a_file_the_text_is_sampled(
+    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build(checkpoint, tmp_path / "bundle", tmp_path / "cache", "--no-verify", capsys=capsys)
-    prefill, decode = load(tmp_path / "bundle", "prefill-tp0of1", "decode-pp0of1")
+    options = ("--precision-decode", "half", "--max-seq-len", "32")
+    report = build(stories260k, tmp_path / "bundle", tmp_path / "cache", *options, capsys=capsys)
+    assert report["bundle"]["quality"]["text"] == "sampled from the model, seed 1"
+    assert report["bundle"]["quality"]["window_tokens"] == 32
+
+
+def test_prompt_kv_goes_from_prefill_to_decode(staged_bundle: Path) -> None:
+    prefill, decode = load(staged_bundle, "prefill-tp0of1", "decode-pp0of1")
     run([prefill], TOKENS[:-1])
-    for layer in range(open_bundle(tmp_path / "bundle").kv.num_layers):
-        decode.kv.write([0, 1], layer, prefill.kv.read([0, 1], layer))
+    for layer in range(open_bundle(staged_bundle).kv.num_layers):
+        decode.kv.write(BLOCKS, layer, prefill.kv.read(BLOCKS, layer))
     hybrid = run([decode], TOKENS[-1:], len(TOKENS) - 1)
     half = run([prefill], TOKENS[-1:], len(TOKENS) - 1)
     assert np.corrcoef(hybrid[0], half[0])[0, 1] > 0.98
 
 
-def test_stages_give_the_bits_of_the_takeover_engine(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "cluster.toml").write_text(TWO_STAGES)
-    options = ("--no-verify", "--cluster", str(tmp_path / "cluster.toml"))
-    report = build(checkpoint, tmp_path / "bundle", tmp_path / "cache", *options, capsys=capsys)
-    assert report["bundle"]["engines"] == ["prefill-tp0of1", "decode-pp0of2", "decode-pp1of2", "decode-pp0of1"]
-    stages = load(tmp_path / "bundle", "decode-pp0of2", "decode-pp1of2")
-    whole = load(tmp_path / "bundle", "decode-pp0of1")
+def test_stages_give_the_bits_of_the_takeover_engine(staged_bundle: Path) -> None:
+    names = ("prefill-tp0of1", "decode-pp0of2", "decode-pp1of2", "decode-pp0of1")
+    assert open_bundle(staged_bundle).engines == names
+    stages = load(staged_bundle, "decode-pp0of2", "decode-pp1of2")
+    whole = load(staged_bundle, "decode-pp0of1")
     assert run(stages, TOKENS).tobytes() == run(whole, TOKENS).tobytes()
 
 
