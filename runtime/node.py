@@ -118,7 +118,8 @@ class Node:
         step = lane.batcher.plan()
         if step is not None:
             self._ledger.pin(step.attempts)
-            self._readings.step_planned(step.attempts, now_s)
+            for job in self._readings.step_planned(step.attempts, now_s):
+                self.transfers.start(job)
         return step
 
     def step_ended(self, lane: Lane, step: Step, sampled: Sequence[Sampled], now_s: float) -> None:
@@ -192,8 +193,7 @@ class Node:
         return self._live.get(attempt.request_id) == attempt
 
     def _start_readings(self) -> None:
-        for job in self._readings.start_fitting():
-            self.transfers.start(job)
+        self._readings.start_fitting()
         self._wake()
 
     def _prompt_progressed(self, progress: PromptProgress, now_s: float) -> None:

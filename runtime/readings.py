@@ -1,7 +1,7 @@
 """Prompts that are read on this node: first waiting for blocks, then in a batch."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ class Readings:
         self._ledger = ledger
         self._waiting: deque[Reading] = deque()
         self._started: dict[Attempt, Reading] = {}
-        self._not_timed: set[Attempt] = set()
+        self._before_first_chunk: set[Attempt] = set()
 
     @property
     def waiting_for_blocks(self) -> int:
@@ -64,23 +64,24 @@ class Readings:
     def add(self, reading: Reading) -> None:
         self._waiting.append(reading)
 
-    def start_fitting(self) -> Iterator[TransferJob]:
-        """Hand prompts to their batchers as far as blocks are free; yields what is to be sent while they are read."""
+    def start_fitting(self) -> None:
+        """Hand prompts to their batchers as far as blocks are free."""
         while self._waiting and self._ledger.fits(self._waiting[0].reserve_tokens):
             reading = self._waiting.popleft()
             attempt = reading.prefill.attempt
             blocks = self._ledger.reserve(attempt, reading.reserve_tokens)
             self._started[attempt] = reading
-            self._not_timed.add(attempt)
+            self._before_first_chunk.add(attempt)
             reading.lane.batcher.add(reading.prompt(blocks))
-            if reading.prefill.targets:
-                yield reading.transfer(blocks)
 
-    def step_planned(self, attempts: Iterable[Attempt], now_s: float) -> None:
-        """Note when each prompt's first chunk began."""
-        for attempt in self._not_timed.intersection(attempts):
+    def step_planned(self, attempts: Iterable[Attempt], now_s: float) -> list[TransferJob]:
+        """What is to be sent of the prompts whose first chunk is in this step, while they are read."""
+        begun = self._before_first_chunk.intersection(attempts)
+        self._before_first_chunk -= begun
+        for attempt in begun:
             self._started[attempt].started_s = now_s
-            self._not_timed.remove(attempt)
+        sent = (self._started[attempt] for attempt in begun if self._started[attempt].prefill.targets)
+        return [reading.transfer(self._ledger.blocks(reading.prefill.attempt)) for reading in sent]
 
     def finish(self, attempt: Attempt) -> Reading:
         """The whole prompt was read."""
@@ -89,4 +90,4 @@ class Readings:
     def drop(self, attempt: Attempt) -> None:
         self._waiting = deque(reading for reading in self._waiting if reading.prefill.attempt != attempt)
         self._started.pop(attempt, None)
-        self._not_timed.discard(attempt)
+        self._before_first_chunk.discard(attempt)
