@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from edgellm.builder.cluster import Device
 from edgellm.builder.costs import EngineCosts
 from edgellm.engines.graph import Graph
 from edgellm.engines.spec import EngineLimits, Phase
 
-Role: TypeAlias = Literal["prefill", "decode", "takeover"]
 _MIB: Final = 1 << 20
 
 
@@ -34,11 +33,10 @@ class PlannedEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """An engine on a device, in a role there."""
+    """An engine on a device."""
 
     engine: PlannedEngine
     device: Device
-    role: Role
     costs: EngineCosts
     min_kv_blocks: int
     """For one sequence of full length."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from edgellm.builder.assignment import Assignment, PlanError, PlannedEngine, Role, kv_blocks, require_fit
+from edgellm.builder.assignment import Assignment, PlanError, PlannedEngine, kv_blocks, require_fit
 from edgellm.builder.cluster import Cluster, Device
 from edgellm.builder.costs import EngineCosts, engine_costs, predict_tpot_s, predict_ttft_s, read_bytes, weight_bytes
 from edgellm.builder.partition import PartitionError, cut_stages, layer_ops, shard
@@ -56,14 +56,14 @@ def make_plan(inputs: PlanInputs) -> BuildPlan:
     decode = _plan_decode(inputs, prefill)
     placed = _give_kv([*prefill, *decode])
     takeover = _plan_takeover(inputs, placed) if len(decode) > 1 else []
-    placed = [*placed, *takeover]
-    notes = (_NO_TAKEOVER,) if len(decode) > 1 and not takeover else ()
     plan = Plan(
-        placements=tuple(_placement(inputs, assignment, blocks) for assignment, blocks in placed),
+        placements=_placements(inputs, placed),
         predicted_ttft_ms=1e3 * _predict_ttft_s(inputs, prefill, decode),
         predicted_tpot_ms=1e3 * _predict_tpot_s(inputs, decode),
+        takeover=_placements(inputs, takeover),
     )
-    engines = {assignment.engine.name: assignment.engine for assignment, _ in placed}
+    engines = {assignment.engine.name: assignment.engine for assignment, _ in (*placed, *takeover)}
+    notes = (_NO_TAKEOVER,) if len(decode) > 1 and not takeover else ()
     return BuildPlan(plan=plan, engines=tuple(engines.values()), notes=notes)
 
 
@@ -170,7 +170,7 @@ def _plan_takeover(inputs: PlanInputs, placed: Sequence[tuple[Assignment, int]])
     devices = {device.name: device for device in (*inputs.cluster.decode, *inputs.cluster.prefill)}
     takeovers: list[tuple[Assignment, int]] = []
     for device in devices.values():
-        assignment = _assign(inputs, device, "takeover", inputs.decode_graph, TAKEOVER_ENGINE, 0, 1)
+        assignment = _assign(inputs, device, "decode", inputs.decode_graph, TAKEOVER_ENGINE, 0, 1)
         blocks = _takeover_blocks(assignment, placed)
         one_class = not takeovers or takeovers[0][0].device.device_class == device.device_class
         if one_class and blocks >= assignment.min_kv_blocks:
@@ -183,16 +183,15 @@ def _takeover_blocks(takeover: Assignment, placed: Sequence[tuple[Assignment, in
     staying_bytes = sum(
         other.fixed_bytes + blocks * other.costs.kv_block_bytes
         for other, blocks in placed
-        if other.device == takeover.device and other.role == "prefill"
+        if other.device == takeover.device and other.engine.phase == "prefill"
     )
     room_bytes = takeover.device.usable_bytes - staying_bytes - takeover.fixed_bytes
     return min(room_bytes // takeover.costs.kv_block_bytes, takeover.max_kv_blocks)
 
 
 def _assign(
-    inputs: PlanInputs, device: Device, role: Role, graph: Graph, name: str, rank: int, world: int
+    inputs: PlanInputs, device: Device, phase: Phase, graph: Graph, name: str, rank: int, world: int
 ) -> Assignment:
-    phase: Phase = "prefill" if role == "prefill" else "decode"
     limits = _limits(inputs, phase)
     engine = PlannedEngine(
         name=name,
@@ -206,7 +205,6 @@ def _assign(
     return Assignment(
         engine=engine,
         device=device,
-        role=role,
         costs=engine_costs(graph, inputs.contract, limits),
         min_kv_blocks=_min_kv_blocks(inputs),
         max_kv_blocks=_min_kv_blocks(inputs) * limits.max_sequences,
@@ -222,19 +220,21 @@ def _min_kv_blocks(inputs: PlanInputs) -> int:
     return inputs.contract.blocks_for(inputs.max_seq_len)
 
 
-def _placement(inputs: PlanInputs, assignment: Assignment, blocks: int) -> Placement:
-    graph = assignment.engine.graph
-    return Placement(
-        engine=assignment.engine.name,
-        device=assignment.device.name,
-        device_class=assignment.device.device_class,
-        role=assignment.role,
-        first_layer=graph.first_layer,
-        num_layers=graph.num_layers,
-        precision=precision_label(graph),
-        weight_bytes=assignment.costs.weight_bytes,
-        kv_tokens=blocks * inputs.contract.block_tokens,
-        kv_blocks=blocks,
+def _placements(inputs: PlanInputs, placed: Sequence[tuple[Assignment, int]]) -> tuple[Placement, ...]:
+    return tuple(
+        Placement(
+            engine=assignment.engine.name,
+            device=assignment.device.name,
+            device_class=assignment.device.device_class,
+            role=assignment.engine.phase,
+            first_layer=assignment.engine.graph.first_layer,
+            num_layers=assignment.engine.graph.num_layers,
+            precision=precision_label(assignment.engine.graph),
+            weight_bytes=assignment.costs.weight_bytes,
+            kv_tokens=blocks * inputs.contract.block_tokens,
+            kv_blocks=blocks,
+        )
+        for assignment, blocks in placed
     )
 
 

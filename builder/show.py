@@ -49,7 +49,7 @@ class ProgressBars:
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str | None = None) -> Table:
     """Made to fit 80 columns; on a narrower terminal cells fold rather than lose characters."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in names:
         table.add_column(heading, overflow="fold", no_wrap=heading == names[0])
     for heading in numbers:
@@ -66,11 +66,12 @@ def plan_table(plan: Plan) -> Table:
         f"predicted, idle: TTFT {plan.predicted_ttft_ms:.1f} ms for a 512-token prompt, "
         f"TPOT {plan.predicted_tpot_ms:.2f} ms at batch 1",
     )
-    for placement in plan.placements:
+    roles = [(placement.role, placement) for placement in plan.placements]
+    for role, placement in [*roles, *(("takeover", placement) for placement in plan.takeover)]:
         table.add_row(
             placement.device,
             placement.device_class,
-            placement.role,
+            role,
             f"{placement.first_layer}-{placement.first_layer + placement.num_layers - 1}",
             placement.precision,
             f"{placement.weight_bytes / _MIB:,.1f}",

@@ -85,6 +85,6 @@ def _sample(context: BuildContext, source: TextSource) -> npt.NDArray[np.int64]:
         count=source.count,
         tokens=source.tokens,
         seed=source.seed,
-        progress=context.progress,
+        progress=lambda _step, done, total: context.progress(f"sampling {source.step}", done, total),
     )
     return windows.numpy()

@@ -55,7 +55,7 @@ class Placement:
     device: str
     device_class: str
     role: str
-    """`prefill`, `decode`, or `takeover`: on disk, loaded only when another decode device died."""
+    """`prefill` or `decode`."""
     first_layer: int
     num_layers: int
     precision: str
@@ -74,6 +74,8 @@ class Plan:
     """For a 512-token prompt on idle devices."""
     predicted_tpot_ms: float
     """At batch 1 and 512 tokens of context."""
+    takeover: tuple[Placement, ...] = ()
+    """Where the takeover engine fits in place of a device's own stage; loaded only when a decode device died."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,19 +90,19 @@ def test_what_is_planned_fits_and_covers_every_layer_once(prefill: list[int], de
     except PlanError:
         assume(False)
         return
-    placements = planned.plan.placements
+    placements, takeover = planned.plan.placements, planned.plan.takeover
     stages = [placement for placement in placements if placement.role == "decode"]
     assert [layer for stage in stages for layer in range(stage.first_layer, stage.first_layer + stage.num_layers)] == [
         *range(6)
     ]
     for each in {*devices, *prefill_devices, shared}:
-        here = [placement for placement in placements if placement.device == each.name]
-        serving = [placement for placement in here if placement.role != "takeover"]
-        taken_over = [placement for placement in here if placement.role != "decode"]
-        for together in (serving, taken_over):
+        serving = [placement for placement in placements if placement.device == each.name]
+        staying = [placement for placement in serving if placement.role == "prefill"]
+        taken_over = [placement for placement in takeover if placement.device == each.name]
+        for together in (serving, [*staying, *taken_over]):
             assert sum(used_bytes(given_inputs, planned, placement) for placement in together) <= each.usable_bytes
-    assert all(placement.kv_tokens >= 1024 for placement in placements)
-    assert {placement.engine for placement in placements} == {engine.name for engine in planned.engines}
+    assert all(placement.kv_tokens >= 1024 for placement in (*placements, *takeover))
+    assert {placement.engine for placement in (*placements, *takeover)} == {engine.name for engine in planned.engines}
 
 
 def test_the_local_machine_gets_both_phases() -> None:
@@ -168,7 +168,7 @@ def test_stages_come_with_a_takeover_engine() -> None:
         "decode-pp2of3",
         "decode-pp0of1",
     ]
-    takeovers = [placement for placement in planned.plan.placements if placement.role == "takeover"]
+    takeovers = planned.plan.takeover
     assert [placement.device for placement in takeovers] == ["d0", "d1", "d2", "p"]
     assert all(placement.num_layers == 6 for placement in takeovers)
 
@@ -178,7 +178,7 @@ def test_no_room_for_a_takeover_engine_is_said() -> None:
     pool = tuple(device(f"d{index}", whole.weight_bytes + 9 * MIB) for index in range(2))
     cluster = Cluster(prefill=(device("p", 66 * MIB),), decode=pool)
     planned = make_plan(inputs(cluster, max_seq_len=128, intermediate_size=4096))
-    assert [placement.role for placement in planned.plan.placements] == ["prefill", "decode", "decode"]
+    assert planned.plan.takeover == ()
     assert "no takeover engine" in planned.notes[0]
 
 
