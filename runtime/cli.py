@@ -42,6 +42,7 @@ def _config(options: argparse.Namespace) -> NodeConfig:
         join=JoinConfig(orchestrator=options.orchestrator, join_timeout_s=options.join_timeout, lease_s=options.lease),
         listen=options.listen,
         kv_blocks=options.kv_blocks,
+        device_class=options.device_class,
         threads=options.threads,
         metrics_port=options.metrics_port,
         kv_codec=options.kv_codec,
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--node-id", required=True, metavar="ID")
     add("--listen", default=NodeConfig.listen, metavar="HOST:PORT", type=_address, help="for KV (default %(default)s)")
     add("--kv-blocks", metavar="N", type=_positive, help="of 32 tokens (default: the bundle's plan)")
+    add("--device-class", metavar="NAME", help="of this machine, such as orin-nano-8gb (default: as found)")
     add("--threads", metavar="N", type=_positive, help="of the engine (default: its choice)")
     add("--kv-codec", default=NodeConfig.kv_codec, choices=get_args(CodecChoice), help="(default %(default)s)")
     add("--no-shm", action="store_true", help="send KV over gRPC on the same host too")

@@ -36,6 +36,8 @@ class NodeConfig:
     """Address of the KV exchange; port 0: any."""
     kv_blocks: int | None = None
     """None: what the bundle's plan says."""
+    device_class: str | None = None
+    """None: as found. An engine for `cpu-local` runs on every machine."""
     threads: int | None = None
     metrics_port: int | None = None
     kv_codec: CodecChoice = "raw"

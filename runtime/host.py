@@ -1,9 +1,12 @@
-"""Facts about this process and its host, from /proc."""
+"""Facts about this process and its host."""
 
 import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from edgellm.engines.load import LOCAL_DEVICE_CLASS
+from edgellm.jetson.telemetry import device_class, read_identity, read_telemetry
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -16,6 +19,15 @@ def host_id() -> str:
         return f"{_BOOT_ID.read_text().strip()}/{_PID_NAMESPACE.readlink()}"
     except OSError:
         return f"no-proc-{uuid.uuid4()}"
+
+
+def local_device_class() -> str:
+    """What this machine is, by its device tree; `cpu-local` if it is no known board."""
+    return device_class(read_identity(), read_telemetry().memory_total_bytes) or LOCAL_DEVICE_CLASS
+
+
+def physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True, kw_only=True)

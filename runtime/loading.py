@@ -6,11 +6,12 @@ from typing import Literal
 from edgellm.engines.base import Engine
 from edgellm.engines.bundle import Bundle, bundle_sha256, engine_spec, open_bundle
 from edgellm.engines.kv import HostKvPool, KvContract, KvPool
-from edgellm.engines.load import load_engine
+from edgellm.engines.load import LOCAL_DEVICE_CLASS, load_engine
 from edgellm.engines.spec import EngineSpec
 from edgellm.runtime.batching.decode import DecodeBatcher
 from edgellm.runtime.batching.prefill import PrefillBatcher
 from edgellm.runtime.config import NodeConfig, NodeError
+from edgellm.runtime.host import local_device_class, physical_memory_bytes
 from edgellm.runtime.lanes import DecodeLane, Lanes, PrefillLane
 
 
@@ -51,7 +52,14 @@ def load_engines(config: NodeConfig) -> NodeEngines:
     spec = engine_spec(config.bundle, config.engine)
     _check_servable(spec, bundle.kv)
     kv_blocks = _planned_blocks(bundle, spec) if config.kv_blocks is None else config.kv_blocks
-    engine = load_engine(config.bundle, config.engine, kv_blocks=kv_blocks, threads=config.threads)
+    _check_memory(kv_blocks, bundle.kv)
+    engine = load_engine(
+        config.bundle,
+        config.engine,
+        kv_blocks=kv_blocks,
+        threads=config.threads,
+        device_class=_device_class(config, spec),
+    )
     half = engine if spec.phase == "prefill" else _load_local_prefill(config, bundle, engine)
     return NodeEngines(
         bundle_sha256=bundle_sha256(config.bundle),
@@ -84,6 +92,21 @@ def _check_servable(spec: EngineSpec, contract: KvContract) -> None:
         )
 
 
+def _device_class(config: NodeConfig, spec: EngineSpec) -> str:
+    if config.device_class is not None:
+        return config.device_class
+    return LOCAL_DEVICE_CLASS if spec.device_class == LOCAL_DEVICE_CLASS else local_device_class()
+
+
+def _check_memory(kv_blocks: int, contract: KvContract) -> None:
+    kv_bytes, memory_bytes = kv_blocks * contract.num_layers * contract.block_bytes, physical_memory_bytes()
+    if kv_bytes > memory_bytes:
+        raise NodeError(
+            f"{kv_blocks} KV blocks take {kv_bytes / 2**30:.1f} GiB, "
+            f"this machine has {memory_bytes / 2**30:.1f} GiB; say --kv-blocks with less"
+        )
+
+
 def _planned_blocks(bundle: Bundle, spec: EngineSpec) -> int:
     for placement in bundle.plan.placements:
         if placement.engine == spec.name:
@@ -98,5 +121,12 @@ def _load_local_prefill(config: NodeConfig, bundle: Bundle, decode: Engine) -> E
     for name in bundle.engines:
         spec = engine_spec(config.bundle, name)
         if spec.phase == "prefill" and spec.world == 1 and spec.device_class == decode.spec.device_class:
-            return load_engine(config.bundle, name, pool=decode.kv, kv_blocks=0, threads=config.threads)
+            return load_engine(
+                config.bundle,
+                name,
+                pool=decode.kv,
+                kv_blocks=0,
+                threads=config.threads,
+                device_class=spec.device_class,
+            )
     return None

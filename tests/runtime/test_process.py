@@ -212,6 +212,8 @@ def test_ports_in_use_are_named(tiny_bundle):
 def test_wrong_bundles_and_engines_are_named(tiny_bundle, tmp_path):
     assert str(tmp_path) in refusal(start(tmp_path))
     assert "'decode-pp1of2'" in refusal(start(tiny_bundle, engine="decode-pp1of2"))
+    assert "GiB" in refusal(start(tiny_bundle, "--kv-blocks", str(10**9)))
+    assert "orin-nano-8gb" in refusal(start(tiny_bundle, "--device-class", "orin-nano-8gb"))
     [*command] = start(tiny_bundle)
     del command[command.index("--kv-blocks") : command.index("--kv-blocks") + 2]
     assert "--kv-blocks" in refusal(command)
