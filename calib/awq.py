@@ -13,8 +13,8 @@ import torch
 
 from edgellm.calib.recipe import Progress
 
-ALPHA_STEP: Final = 0.1
-"""Scales are (mean |x|)^alpha / (mean |w|)^(1 - alpha) with alpha in 0, 0.1, ... 1, the best per linear."""
+ALPHA_STEP: Final = 0.2
+"""Scales are (mean |x|)^alpha / (mean |w|)^(1 - alpha) with alpha in 0, 0.2, ... 1, the best per linear."""
 _PASSES: Final = 2
 
 

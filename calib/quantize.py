@@ -1,7 +1,7 @@
 """From the half-precision graph and its weights to the decode graph and its quantised weights."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from edgellm.engines.weights import FloatArray, Int8Weight, Weight, WeightStore
 
 SourceOf: TypeAlias = Callable[[WeightName], LinearSource]
 
-AWQ_WINDOWS = 2
-"""Windows of the AWQ search, which runs every linear twelve times; its few statistics need no more."""
+AWQ_WINDOWS: Final = 1
+"""Windows of the AWQ search, which quantises and runs every linear once per alpha; its few statistics need no more."""
 
 
 class CalibrationError(ValueError):
