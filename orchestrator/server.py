@@ -123,9 +123,9 @@ async def _report_health(driver: Driver, set_status: SetStatus) -> None:
 
 
 def can_serve(driver: Driver) -> bool:
-    """Whether a half-precision prefill engine and a decode engine are ready."""
+    """Whether a half-precision prefill engine and a decode engine are alive."""
     state = driver.core.state
     layers = state.config.num_layers
-    ready = state.nodes.ready()
-    decodes = any(node.profile.role == "decode" and node.can("decode", layers) for node in ready)
-    return decodes and any(node.can("prefill", layers) for node in ready)
+    alive = state.nodes.alive()
+    decodes = any(node.profile.role == "decode" and node.can("decode", layers) for node in alive)
+    return decodes and any(node.can("prefill", layers) for node in alive)

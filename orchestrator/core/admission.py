@@ -26,6 +26,25 @@ def impossibility(config: CoreConfig, nodes: NodeRegistry, spec: RequestSpec) ->
     )
 
 
+def lateness(nodes: NodeRegistry, waiting: Sequence[Request], spec: RequestSpec, now_s: float) -> str | None:
+    """Why the deadline would pass before the prompt is even read, by measured speeds; None if it would not.
+
+    To refuse now is kinder than to fail later (Mooncake, FAST'25), and leaves the devices to those who can be served.
+    """
+    speed = sum(node.load.prefill_tokens_per_s for node in nodes.ready())
+    if spec.deadline_s is None or speed == 0:
+        return None
+    ahead_tokens = sum(len(request.spec.prompt) for request in waiting)
+    reading_s = (ahead_tokens + len(spec.prompt)) / speed
+    left_s = spec.deadline_s - now_s
+    if reading_s <= left_s:
+        return None
+    return (
+        f"{ahead_tokens} prompt tokens wait ahead of {len(spec.prompt)}, which takes {1000 * reading_s:.0f} ms at "
+        f"{speed:.0f} tokens/s, and the deadline is in {1000 * left_s:.0f} ms: try again later, or allow more time"
+    )
+
+
 def retry_after_ms(nodes: NodeRegistry, waiting: Sequence[Request]) -> int:
     """Time in which half of the waiting prompts will have been read at the measured speeds, at least 100 ms."""
     tokens = sum(len(request.spec.prompt) for request in waiting)

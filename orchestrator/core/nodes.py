@@ -79,6 +79,7 @@ class Node:
             connection=self.connection,
             node_id=self.profile.node_id,
             role=self.profile.role,
+            suspect=self.state == "suspect",
             host_id=self.profile.host_id,
             free_blocks=self.free_blocks,
             free_sequences=self.max_sequences() - len(self.leases),

@@ -1,6 +1,6 @@
 """What happens when a client submits or ends a request, and when time goes on."""
 
-from edgellm.orchestrator.core.admission import impossibility, retry_after_ms, why_waiting
+from edgellm.orchestrator.core.admission import impossibility, lateness, retry_after_ms, why_waiting
 from edgellm.orchestrator.core.commands import AcceptRequest, RejectRequest
 from edgellm.orchestrator.core.events import RequestEnded, RequestSubmitted
 from edgellm.orchestrator.core.on_node import refresh_suspicion
@@ -31,14 +31,13 @@ def _rejection(state: ClusterState, spec: RequestSpec) -> RejectRequest | None:
     if impossible is not None:
         return RejectRequest(request_id=request_id, kind="impossible", message=impossible)
     waiting = state.waiting()
-    if len(waiting) < state.config.max_waiting:
+    overload = lateness(state.nodes, waiting, spec, state.now_s)
+    if len(waiting) >= state.config.max_waiting:
+        overload = f"{len(waiting)} requests are waiting, which is the limit: try again later"
+    if overload is None:
         return None
-    return RejectRequest(
-        request_id=request_id,
-        kind="overloaded",
-        message=f"{len(waiting)} requests are waiting, which is the limit: try again later",
-        retry_after_ms=retry_after_ms(state.nodes, waiting),
-    )
+    hint_ms = retry_after_ms(state.nodes, waiting)
+    return RejectRequest(request_id=request_id, kind="overloaded", message=overload, retry_after_ms=hint_ms)
 
 
 def request_ended(state: ClusterState, event: RequestEnded) -> None:

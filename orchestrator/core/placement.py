@@ -12,7 +12,7 @@ def place_waiting(state: ClusterState, policy: Policy) -> None:
     waiting = _placeable(state)
     if not waiting:
         return
-    views = [node.view(state.config.num_layers) for node in state.nodes.ready()]
+    views = [node.view(state.config.num_layers) for node in state.nodes.alive()]
     for placement in policy.plan(state.now_s, waiting, views):
         _start(state, state.requests[placement.request_id], placement)
 

@@ -27,11 +27,13 @@ class WaitingRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeView:
-    """A ready node and what is free on it."""
+    """A node that is not dead, and what is free on it."""
 
     connection: ConnectionId
     node_id: NodeId
     role: Role
+    suspect: bool
+    """Silent for longer than it should be: it may be back at any moment, but nothing may be placed on it."""
     host_id: str
     free_blocks: int
     free_sequences: int
@@ -66,5 +68,6 @@ class Policy(Protocol):
     name: str
 
     def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
-        """Placements that fit together: summed over them, no node gets more blocks or sequences than it has free."""
+        """Placements that fit together: summed over them, no node gets more blocks or sequences than it has free, and
+        suspects get nothing."""
         ...

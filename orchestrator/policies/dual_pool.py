@@ -25,7 +25,8 @@ class DualPool:
 
     Slack is the time left until the deadline after the prompt was read. A request without a deadline gets one that is
     later for long prompts, so short ones tend to go first, but is fixed at arrival, so nobody starves. A request that
-    does not fit is overtaken until it has no slack left; from then on it blocks the queue.
+    does not fit is overtaken until it has no slack left; from then on it blocks the queue. The decode engine reads a
+    prompt only where no half-precision engine is alive: one that is merely late is waited for.
     """
 
     name = "dual_pool"
@@ -42,9 +43,10 @@ class DualPool:
     def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
         nodes = self.cost.with_speeds(nodes)
         room = Room(nodes)
+        half_precision = any(node.can_prefill for node in nodes)
         placements = []
         for request in nsmallest(self.max_considered, waiting, key=lambda request: self._order(request, nodes)):
-            option = self._best(request, room)
+            option = self._best(request, room, may_degrade=request.allow_degraded and not half_precision)
             if option is not None and option.now:
                 room.take(request, option.placement)
                 placements.append(option.placement)
@@ -63,12 +65,12 @@ class DualPool:
         implied_s = request.arrival_s + self.patience_s + self.stretch * read_s
         return min(request.deadline_s if request.deadline_s is not None else implied_s, implied_s) - read_s
 
-    def _best(self, request: WaitingRequest, room: Room) -> _Option | None:
+    def _best(self, request: WaitingRequest, room: Room, *, may_degrade: bool) -> _Option | None:
         decoders = room.decoders(request)
         prefillers = room.prefillers()
         options = [self._remote(request, p, d) for p in prefillers for d in decoders]
         options += [self._local(request, d) for d in decoders if d.can_prefill]
-        if not options and not prefillers and request.allow_degraded:
+        if may_degrade:
             options = [self._degraded(request, d) for d in decoders]
         return min(options, key=lambda option: (option.avoided, option.cost_s), default=None)
 

@@ -11,7 +11,7 @@ class Room:
     """Node views that shrink with each placement taken."""
 
     def __init__(self, nodes: Sequence[NodeView]) -> None:
-        self._nodes: dict[ConnectionId, NodeView] = {node.connection: node for node in nodes}
+        self._nodes: dict[ConnectionId, NodeView] = {node.connection: node for node in nodes if not node.suspect}
 
     def prefillers(self) -> list[NodeView]:
         return [node for node in self._nodes.values() if node.role == "prefill" and node.can_prefill]

@@ -195,6 +195,16 @@ def test_a_full_queue_rejects_with_a_hint():
     assert (rejection.kind, rejection.retry_after_ms >= 100) == ("overloaded", True)
 
 
+def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_spent():
+    story = Story(P0, D0)
+    assert the(StartPrefill, story.submit("a", prompt_tokens=500, deadline_s=0.1))
+    story.happens(HeartbeatReceived(connection=P0, load=NodeLoad(prefill_tokens_per_s=1000.0)))
+    rejection = the(RejectRequest, story.submit("b", prompt_tokens=500, deadline_s=0.1))
+    assert rejection.kind == "overloaded"
+    assert "takes 500 ms at 1000 tokens/s, and the deadline is in 100 ms" in rejection.message
+    assert the(StartPrefill, story.submit("c", prompt_tokens=50, deadline_s=0.1))
+
+
 def test_a_failing_node_is_avoided_and_attempts_are_bounded():
     story = Story(P0, P1, D0, max_attempts=3)
     start = the(StartPrefill, story.submit())

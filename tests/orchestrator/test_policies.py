@@ -14,6 +14,7 @@ from edgellm.orchestrator.policies.dual_pool import DualPool
 def node(connection: int, role: str = "decode", **fields) -> NodeView:
     values = {
         "node_id": NodeId(f"n{connection}"),
+        "suspect": False,
         "host_id": f"h{connection}",
         "free_blocks": 100,
         "free_sequences": 8,
@@ -79,6 +80,12 @@ def test_without_any_half_precision_engine_only_degraded_and_only_if_allowed():
     assert plan([waiting(allow_degraded=True)], [decode]) == [("r", "degraded", 2, 2)]
 
 
+def test_suspects_get_nothing_and_are_waited_for_before_degrading():
+    decode, late = node(2, can_prefill=False), node(1, "prefill", suspect=True)
+    assert plan([waiting(allow_degraded=True)], [late, decode]) == []
+    assert plan([waiting()], [late, DECODE]) == [("r", "local", 2, 2)]
+
+
 def test_nodes_that_failed_it_are_used_last():
     request = waiting(avoid=frozenset({ConnectionId(2)}))
     assert plan([request], [PREFILL, DECODE, node(3)]) == [("r", "remote", 1, 3)]
@@ -109,6 +116,7 @@ def test_plans_fit_and_place_nobody_twice(policy, data):
             free_blocks=data.draw(st.integers(0, 60)),
             free_sequences=data.draw(st.integers(0, 3)),
             can_prefill=data.draw(st.booleans()),
+            suspect=data.draw(st.booleans()),
             prefill_tokens_per_s=data.draw(st.sampled_from((0.0, 100.0, 5000.0))),
         )
         for number in range(data.draw(st.integers(0, 4)))
@@ -134,7 +142,7 @@ def test_plans_fit_and_place_nobody_twice(policy, data):
             for p in here
         )
         assert blocks <= view.free_blocks
-        assert len(here) <= view.free_sequences
+        assert len(here) <= (0 if view.suspect else view.free_sequences)
         for p in here:
             assert p.decode != view.connection or view.can_decode
             assert p.prefill != view.connection or view.can_prefill or p.path == "degraded"
