@@ -220,5 +220,10 @@ def _reachable_host(listen_host: str, orchestrator: str) -> str:
         return listen_host
     host, _, port = orchestrator.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))
+        try:
+            probe.connect((host, int(port)))
+        except OSError as error:
+            raise NodeError(
+                f"no way to {orchestrator} ({error.strerror}); name this node's address in --listen"
+            ) from error
         return str(probe.getsockname()[0])

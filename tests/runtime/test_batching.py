@@ -222,7 +222,7 @@ def test_catching_up_does_not_starve_and_is_not_starved():
     assert set(served.values()) == {20}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_batched_answers_equal_answers_alone(data):
     """Prompts of random sizes through both batchers, together and with catch-up, against one request at a time."""

@@ -200,6 +200,19 @@ def test_a_refusal_of_the_orchestrator_is_passed_on(tiny_bundle):
     assert "restart it with --bundle X" in asyncio.run(run())
 
 
+def test_a_node_that_listens_everywhere_tells_others_an_address_they_can_dial(tiny_bundle):
+    async def run() -> None:
+        async with (
+            orchestrating() as orchestrator,
+            process(orchestrator, tiny_bundle, "n", "decode-pp0of1", "--listen", "0.0.0.0:0") as (_, joined),
+        ):
+            assert joined.hello.exchange_address.startswith("127.0.0.1:")
+
+    asyncio.run(run())
+    unknown = start(tiny_bundle, "--listen", "0.0.0.0:0", orchestrator="nowhere.invalid:1")
+    assert "--listen" in refusal(unknown)
+
+
 def test_ports_in_use_are_named(tiny_bundle):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
