@@ -23,6 +23,7 @@ def test_no_seed_breaks_an_invariant():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_thousand_seeds_break_nothing():
     for seed in range(1000, 2000):
         _, failure = run_scenario(draw_scenario(seed), DualPool())
