@@ -147,7 +147,7 @@ def test_all_reduce(kit, model, tmp_path):
 
 def test_a_weight_of_another_form(kit, model, tmp_path):
     weight = Int8Weight(q=np.zeros((64, 64), np.int8), scale=np.ones(64, np.float32))
-    with pytest.raises(ValueError, match="'layer0.o.weight' is a Int8Weight, its op asks for Half"):
+    with pytest.raises(ValueError, match=r"'layer0\.o\.weight' is a Int8Weight, its op asks for Half"):
         compile_changed(kit, model, tmp_path, **{"layer0.o.weight": weight})
 
 
@@ -158,7 +158,7 @@ def test_a_weight_of_another_shape(kit, model, tmp_path):
 
 def test_a_missing_weight(kit, model, tmp_path):
     weights = {name: weight for name, weight in model.weights.items() if name != "final.weight"}
-    with pytest.raises(ValueError, match="no weight 'final.weight'"):
+    with pytest.raises(ValueError, match=r"no weight 'final\.weight'"):
         compile_engine(model.graph, weights, contract=kit.contract_of(model), limits=kit.limits, folder=tmp_path)
 
 
