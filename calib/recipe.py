@@ -33,7 +33,7 @@ class QuantizeOptions:
     group_size: int | None = None
     """Input channels that share a scale: 128, 64 or 32. None, or one that does not divide K: the largest that does."""
     act_bits: Literal[4, 8, 16] = 8
-    outliers: int = 16
+    outliers: int = 32
     """Input channels of each group of linears that stay in half precision; even."""
     seed: int = 0
     """For sampling calibration text."""
