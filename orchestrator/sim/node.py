@@ -137,9 +137,15 @@ class SimNode:
     # KV
 
     def kv_arrives(self, delivery: SendKv) -> str:
-        """Install the KV of a prompt; returns why not, or nothing."""
+        """Install the KV of a prompt; returns why not, or nothing.
+
+        No room is no bug here: KV of an attempt that this node's earlier process had may lie in the way until the
+        orchestrator's release of it arrives.
+        """
         if self._is_stale(delivery.attempt):
             return "the attempt is stale"
+        if self._missing(delivery.attempt, delivery.capacity_tokens) > 0:
+            return "no room"
         held = self._reserve(delivery.attempt, delivery.capacity_tokens)
         held.kv = delivery.kv
         self._start_answer(held)
@@ -209,15 +215,18 @@ class SimNode:
 
     def _reserve(self, attempt: AttemptId, tokens: int) -> _Held:
         """What is held for the attempt, which grows to `tokens`. Raises SimulationError if that does not fit."""
-        blocks = -(-tokens // self.block_tokens)
-        held = self._held.get(attempt, _Held(blocks=0))
-        if blocks - held.blocks > self.free_blocks:
-            raise SimulationError(
-                f"node {self.profile.node_id} was given {attempt} of {blocks} blocks and has {self.free_blocks} free"
-            )
-        held = self._held.setdefault(attempt, held)
-        held.blocks = max(held.blocks, blocks)
+        if (missing := self._missing(attempt, tokens)) > 0:
+            raise SimulationError(f"node {self.profile.node_id} was given {attempt} and lacks {missing} blocks for it")
+        held = self._held.setdefault(attempt, _Held(blocks=0))
+        held.blocks = max(held.blocks, self._blocks(tokens))
         return held
+
+    def _missing(self, attempt: AttemptId, tokens: int) -> int:
+        held = self._held[attempt].blocks if attempt in self._held else 0
+        return self._blocks(tokens) - held - self.free_blocks
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
 
     def _fail(self, attempt: AttemptId, kind: FailureKind, message: str, target: KvTarget | None) -> None:
         del self._held[attempt]
