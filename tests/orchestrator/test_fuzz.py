@@ -32,7 +32,7 @@ def test_a_thousand_seeds_break_nothing():
 
 @pytest.mark.parametrize("seed", [3559, 10076])
 def test_seeds_that_once_failed(seed):
-    """In both, KV of a fenced attempt reached the next process of its decode node: it stayed there, or was in the way."""
+    """In both, KV of a fenced attempt reached the next process of its decode node: it stayed, or lay in the way."""
     _, failure = run_scenario(draw_scenario(seed), DualPool())
     assert failure is None, tell(failure)
 
