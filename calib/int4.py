@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from edgellm.calib.rounding import round_compensated, round_to_levels, search_scales
+from edgellm.calib.rounding import CompensatedRounding, round_to_levels, search_scales
 from edgellm.engines.graph import Int4
 from edgellm.engines.weights import Int4Weight
 
@@ -25,14 +25,10 @@ def quantize_group(
     chooses its scale for rounding to nearest, and compensated rounding often does better on the weights as they are.
     """
     weight = torch.cat(weights)
-    sample = weight[::_SAMPLE_STEP]
-
-    def sample_error(scale: torch.Tensor | None) -> float:
-        return _round(sample, moments, scale, precision).output_error(sample, moments)
-
-    input_scale = min((None, awq_scale), key=sample_error)
-    rounded = _round(weight, moments, input_scale, precision)
-    return rounded.split([len(part) for part in weights], precision.group_size)
+    ways = [_way(weight, moments, scale, precision) for scale in (None, awq_scale)]
+    sample = slice(None, None, _SAMPLE_STEP)
+    best = min(ways, key=lambda way: way.round(sample).output_error(weight[sample], moments))
+    return best.round(slice(None)).split([len(part) for part in weights], precision.group_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,18 +71,45 @@ class _Rounded:
         ]
 
 
-def _round(weight: torch.Tensor, moments: torch.Tensor, input_scale: torch.Tensor | None, precision: Int4) -> _Rounded:
-    """weight [N, K]; with an input scale, what is rounded is weight / input_scale, for the input x * input_scale."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Way:
+    """How to round a group, for one input scale."""
+
+    weight: torch.Tensor
+    """[N, K], divided by the input scale."""
+    importance: torch.Tensor
+    """[K], E[x_k^2] of the scaled input."""
+    input_scale: torch.Tensor | None
+    outliers: torch.Tensor
+    group_size: int
+    rounding: CompensatedRounding
+
+    def round(self, rows: slice) -> _Rounded:
+        """Some of the rows."""
+        weight = self.weight[rows]
+        scale = search_scales(weight.index_fill(1, self.outliers, 0), self.importance, self.group_size)
+        levels, kept = self.rounding.round(weight, scale)
+        if self.input_scale is not None:
+            kept *= self.input_scale[self.outliers]
+        return _Rounded(
+            levels=levels, scale=scale, input_scale=self.input_scale, outliers=self.outliers, outlier_weight=kept
+        )
+
+
+def _way(weight: torch.Tensor, moments: torch.Tensor, input_scale: torch.Tensor | None, precision: Int4) -> _Way:
     if input_scale is not None:
         weight, moments = weight / input_scale, moments * torch.outer(input_scale, input_scale)
     importance = moments.diagonal()
     outliers = choose_outliers(weight, importance, precision)
-    scale = search_scales(weight.index_fill(1, outliers, 0), importance, precision.group_size)
     damped = moments + DAMPING * importance.mean() * torch.eye(len(moments))
-    levels, kept = round_compensated(weight, scale, damped, outliers)
-    if input_scale is not None:
-        kept *= input_scale[outliers]
-    return _Rounded(levels=levels, scale=scale, input_scale=input_scale, outliers=outliers, outlier_weight=kept)
+    return _Way(
+        weight=weight,
+        importance=importance,
+        input_scale=input_scale,
+        outliers=outliers,
+        group_size=precision.group_size,
+        rounding=CompensatedRounding(damped, outliers),
+    )
 
 
 def choose_outliers(weight: torch.Tensor, importance: torch.Tensor, precision: Int4) -> torch.Tensor:

@@ -35,25 +35,28 @@ def round_to_levels(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return levels
 
 
-def round_compensated(
-    weight: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels [N, K] (0 in kept channels) and the kept channels' weights [N, len(kept)].
-
-    weight [N, K]; scale [N, K / group_size]; moments [K, K], positive definite, of the input; kept [O] int64. GPTQ
-    (arXiv 2210.17323): channels are rounded in descending order of moments' diagonal, and what each gets wrong is made
-    good in all that follow. Kept channels come last and are never rounded, so they end at the least-squares optimum.
+class CompensatedRounding:
+    """GPTQ (arXiv 2210.17323): channels are rounded in descending order of the moments' diagonal, and what each gets
+    wrong is made good in all that follow. Kept channels come last and are never rounded, so they end at the
+    least-squares optimum.
     """
-    order, rounded = _rounding_order(moments, kept)
-    upper = _inverse_factor(moments[order][:, order])
-    # Transposed, so that one input channel of all outputs is contiguous. [K, N]
-    rest = weight.T[order].contiguous()
-    steps = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1).T[order].contiguous()
-    levels = torch.zeros_like(rest)
-    for start in range(0, rounded, _BLOCK):
-        _round_block(rest, levels, steps, upper, range(start, min(start + _BLOCK, rounded)))
-    natural = torch.argsort(order)
-    return levels[natural].T.contiguous(), rest[natural][kept].T.contiguous()
+
+    def __init__(self, moments: torch.Tensor, kept: torch.Tensor) -> None:
+        """moments [K, K] of the input, positive definite; kept [O] int64. Factorises the moments, in O(K^3)."""
+        self._kept = kept
+        self._order, self._rounded = _rounding_order(moments, kept)
+        self._upper = _inverse_factor(moments[self._order][:, self._order])
+
+    def round(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """weight [N, K], scale [N, K / group_size] -> levels [N, K] (0 in kept channels), kept weights [N, O]."""
+        # Transposed, so that one input channel of all outputs is contiguous. [K, N]
+        rest = weight.T[self._order].contiguous()
+        steps = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1).T[self._order].contiguous()
+        levels = torch.zeros_like(rest)
+        for start in range(0, self._rounded, _BLOCK):
+            _round_block(rest, levels, steps, self._upper, range(start, min(start + _BLOCK, self._rounded)))
+        natural = torch.argsort(self._order)
+        return levels[natural].T.contiguous(), rest[natural][self._kept].T.contiguous()
 
 
 def _rounding_order(moments: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from edgellm.calib.forward import TorchWeights, linear_groups, linear_inputs
 from edgellm.calib.int4 import choose_outliers
-from edgellm.calib.rounding import round_compensated, round_to_levels, search_scales
+from edgellm.calib.rounding import CompensatedRounding, round_to_levels, search_scales
 from edgellm.engines.graph import Int4
 
 
@@ -41,7 +41,7 @@ def test_compensation_reduces_the_output_error(kept: list[int]) -> None:
     columns = torch.tensor(kept, dtype=torch.int64)
     scale = search_scales(weight.index_fill(1, columns, 0), torch.ones(64), 32)
     steps = scale.repeat_interleave(32, dim=1)
-    levels, kept_weight = round_compensated(weight, scale, x.T @ x / 500, columns)
+    levels, kept_weight = CompensatedRounding(x.T @ x / 500, columns).round(weight, scale)
     assert levels.min() >= -8
     assert levels.max() <= 7
     assert not levels[:, columns].any()
@@ -54,7 +54,7 @@ def test_compensation_reduces_the_output_error(kept: list[int]) -> None:
 def test_without_correlation_nothing_is_compensated() -> None:
     weight = correlated(2, 5, 64)
     scale = search_scales(weight, torch.ones(64), 64)
-    levels, _ = round_compensated(weight, scale, torch.eye(64), torch.empty(0, dtype=torch.int64))
+    levels, _ = CompensatedRounding(torch.eye(64), torch.empty(0, dtype=torch.int64)).round(weight, scale)
     assert torch.equal(levels, round_to_levels(weight, scale.repeat_interleave(64, dim=1)))
 
 
