@@ -8,12 +8,12 @@ from importlib.metadata import version
 from edgellm.builder.backends import find_compiler
 from edgellm.builder.bundle_writer import require_target, write_bundle
 from edgellm.builder.checkpoint import open_checkpoint
-from edgellm.builder.compile import compile_planned
+from edgellm.builder.compile import compile_planned, compile_whole
 from edgellm.builder.context import BuildContext
 from edgellm.builder.models import build_graph
 from edgellm.builder.options import BuildOptions
 from edgellm.builder.plan import BuildPlan, PlanInputs, make_plan
-from edgellm.builder.recipes import calibration_source, decode_graph, decode_recipe, half_recipe
+from edgellm.builder.recipes import Recipe, calibration_source, decode_graph, decode_recipe, half_recipe
 from edgellm.builder.steps import StepCache, StepResult
 from edgellm.builder.verify import measure
 from edgellm.calib.recipe import Progress, kept_at_int8
@@ -34,28 +34,34 @@ class BuildReport:
 def build(options: BuildOptions, *, show_plan: Callable[[BuildPlan], None], progress: Progress) -> BuildReport:
     """Build and write a bundle. `show_plan` is called once, before the first long step.
 
-    Raises BuildError, CheckpointError, PlanError, PartitionError or ValueError; each message says what to do.
+    Raises BuildError, CheckpointError or PlanError; each message says what to do.
     """
     require_target(options.output)
     context = _open(options, progress)
     planned = _plan(context)
     show_plan(planned)
     half = half_recipe(context)
-    decode = decode_recipe(context)
-    compiled = [
+    decode = decode_recipe(context, lambda: compile_whole(context, planned, "prefill", half))
+    engines = [
         compile_planned(context, engine, half if engine.phase == "prefill" else decode) for engine in planned.engines
     ]
-    quality, quality_steps = measure(context, planned, half, decode) if options.verify else (None, ())
+    quality = _measure(context, planned, half, decode) if options.verify else None
     bundle = write_bundle(
-        options.output,
-        _describe(context, planned, quality),
-        [engine for engine, _ in compiled],
-        context.checkpoint.write_tokenizer,
+        options.output, _describe(context, planned, quality), engines, context.checkpoint.write_tokenizer
     )
     return BuildReport(
         bundle=bundle,
         notes=(*planned.notes, *_summary(list(kept_at_int8(decode.graph)))),
-        steps=(*decode.steps, *(step for _, step in compiled), *quality_steps),
+        steps=context.cache.results,
+    )
+
+
+def _measure(context: BuildContext, planned: BuildPlan, half: Recipe, decode: Recipe) -> Quality:
+    """Of engines with all layers, also where the plan cuts the model into stages or ranks: they compute the same."""
+    return measure(
+        context,
+        prefill=compile_whole(context, planned, "prefill", half),
+        decode=compile_whole(context, planned, "decode", decode),
     )
 
 

@@ -6,30 +6,32 @@ from pathlib import Path
 from edgellm.builder.assignment import PlannedEngine
 from edgellm.builder.bundle_writer import CompiledEngine
 from edgellm.builder.context import BuildContext
+from edgellm.builder.errors import expected
 from edgellm.builder.files import text_sha256
 from edgellm.builder.partition import shard
-from edgellm.builder.plan import precision_label
+from edgellm.builder.plan import BuildPlan, precision_label
 from edgellm.builder.recipes import Recipe
-from edgellm.builder.steps import StepResult
 from edgellm.engines.load import engine_contract
-from edgellm.engines.spec import EngineSpec
+from edgellm.engines.spec import EngineSpec, Phase
 from edgellm.engines.weights import WeightStore
 
 
-def compile_planned(context: BuildContext, planned: PlannedEngine, recipe: Recipe) -> tuple[CompiledEngine, StepResult]:
-    """`recipe` is the one whose graph `planned.graph` was cut from. Raises BuildError for a full disk."""
+def compile_planned(context: BuildContext, planned: PlannedEngine, recipe: Recipe) -> CompiledEngine:
+    """`recipe` is the one whose graph `planned.graph` was cut from. Raises BuildError for a graph that the
+    backend cannot run, and for a full disk."""
     spec = _spec(context, planned)
     contract = engine_contract(context.contract, spec)
 
     def make(folder: Path) -> None:
-        context.compiler.compile(
-            planned.graph,
-            _weights(planned, recipe),
-            contract=contract,
-            limits=planned.limits,
-            folder=folder,
-            progress=lambda done, total: context.progress(f"compile {planned.name}", done, total),
-        )
+        with expected(ValueError):
+            context.compiler.compile(
+                planned.graph,
+                _weights(planned, recipe),
+                contract=contract,
+                limits=planned.limits,
+                folder=folder,
+                progress=lambda done, total: context.progress(f"compile {planned.name}", done, total),
+            )
 
     inputs = {
         "weights": recipe.key,
@@ -41,7 +43,15 @@ def compile_planned(context: BuildContext, planned: PlannedEngine, recipe: Recip
         "code": context.compiler.code_sha256,
     }
     step = context.cache.run(f"compile-{planned.name}", inputs, make)
-    return CompiledEngine(spec=dataclasses.replace(spec, files=step.files), folder=step.folder), step
+    return CompiledEngine(spec=dataclasses.replace(spec, files=step.files), folder=step.folder)
+
+
+def compile_whole(context: BuildContext, planned: BuildPlan, phase: Phase, recipe: Recipe) -> CompiledEngine:
+    """The engine of a phase with all layers and heads, which is in the plan unless that cuts the model into parts."""
+    first = next(engine for engine in planned.engines if engine.phase == phase)
+    name = "prefill-tp0of1" if phase == "prefill" else "decode-pp0of1"
+    whole = dataclasses.replace(first, name=name, rank=0, world=1, graph=recipe.graph)
+    return compile_planned(context, whole, recipe)
 
 
 def _weights(planned: PlannedEngine, recipe: Recipe) -> WeightStore:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgellm.builder.errors import explain_full_disk
+from edgellm.builder.errors import explain_write_errors
 from edgellm.engines.bundle import file_sha256
 from edgellm.engines.spec import EngineFile
 
@@ -18,9 +18,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`; it becomes `target` when the block ends, and vanishes if it raises.
 
     Everything is flushed to the disk before the rename, so a crash leaves the old folder or the new one. A folder
-    that is already at `target` is replaced. Raises BuildError when the disk is full.
+    that is already at `target` is replaced. Raises BuildError where nothing, or no more, can be written.
     """
-    with explain_full_disk(target.parent):
+    with explain_write_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as scratch:
             folder = Path(scratch) / "new"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from edgellm.builder.bundle_writer import CompiledEngine
 from edgellm.builder.context import BuildContext
+from edgellm.builder.errors import expected
 from edgellm.builder.files import text_sha256
 from edgellm.builder.models import build_graph
 from edgellm.builder.steps import StepResult, code_sha256
@@ -31,8 +31,6 @@ class Recipe:
     """Identifies the weights: sha256 of all that they were made from."""
     load_weights: Callable[[], WeightStore]
     """Called only if an engine has to be compiled."""
-    steps: tuple[StepResult, ...] = ()
-    """How they came about; none for the checkpoint's own."""
 
 
 def decode_graph(context: BuildContext) -> Graph:
@@ -52,11 +50,14 @@ def half_recipe(context: BuildContext) -> Recipe:
     )
 
 
-def decode_recipe(context: BuildContext) -> Recipe:
-    """Quantised weights from the cache, or quantised now; the checkpoint's own where decode is in half precision."""
+def decode_recipe(context: BuildContext, whole_half: Callable[[], CompiledEngine]) -> Recipe:
+    """Quantised weights from the cache, or quantised now; the checkpoint's own where decode is in half precision.
+
+    `whole_half` compiles the half-precision engine of the whole model; needed where it has to write the text.
+    """
     if context.options.precision_decode == "half":
         return half_recipe(context)
-    text = text_windows(context, calibration_source(context))
+    text = text_windows(context, calibration_source(context), whole_half)
     inputs = {
         "weights": half_recipe(context).key,
         "text": text.key,
@@ -68,18 +69,18 @@ def decode_recipe(context: BuildContext) -> Recipe:
         graph=decode_graph(context),
         key=step.key,
         load_weights=functools.cache(lambda: _load(step.folder)),
-        steps=(text, step),
     )
 
 
 def calibration_source(context: BuildContext) -> TextSource:
-    """Windows no longer than the model's positions."""
+    """Windows no longer than the model's positions, or than the engine takes that has to write them."""
+    file = context.options.calib_data
     return TextSource(
         step="calibration-text",
-        file=context.options.calib_data,
+        file=file,
         skip=0,
         count=CALIBRATION_WINDOWS,
-        tokens=min(WINDOW_TOKENS, context.checkpoint.config.max_seq_len),
+        tokens=min(WINDOW_TOKENS, context.max_seq_len if file is None else context.checkpoint.config.max_seq_len),
         seed=context.options.quantize.seed,
     )
 
@@ -88,18 +89,19 @@ def _quantize(context: BuildContext, text: StepResult, folder: Path) -> None:
     import torch
     from safetensors import SafetensorError
 
-    from edgellm.calib.quantize import quantize
+    from edgellm.calib.quantize import CalibrationError, quantize
     from edgellm.calib.store import save_quantized
 
-    graph, weights = quantize(
-        build_graph(context.checkpoint.config),
-        context.checkpoint.weights,
-        context.load_torch(),
-        torch.from_numpy(np.ascontiguousarray(read_windows(text))),
-        context.checkpoint.source_of,
-        context.options.quantize,
-        context.progress,
-    )
+    with expected(CalibrationError):
+        graph, weights = quantize(
+            build_graph(context.checkpoint.config),
+            context.checkpoint.weights,
+            context.load_torch(),
+            torch.from_numpy(read_windows(text)),
+            context.checkpoint.source_of,
+            context.options.quantize,
+            context.progress,
+        )
     try:
         save_quantized(folder, graph, weights)
     except SafetensorError as error:

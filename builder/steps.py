@@ -34,10 +34,21 @@ class StepCache:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._results: dict[str, StepResult] = {}
+
+    @property
+    def results(self) -> tuple[StepResult, ...]:
+        """Of all steps asked for so far, in order; a step asked for twice counts as what it was the first time."""
+        return tuple(self._results.values())
 
     def run(self, step: str, inputs: Mapping[str, str], make: Callable[[Path], None]) -> StepResult:
         """The result of `make(folder)` for these inputs, from the cache if it is there undamaged."""
         key = text_sha256(msgspec.json.encode({"step": step, **inputs}, order="sorted").decode())
+        if key not in self._results:
+            self._results[key] = self._run(step, key, make)
+        return self._results[key]
+
+    def _run(self, step: str, key: str, make: Callable[[Path], None]) -> StepResult:
         folder = self._root / step / key[:32]
         files = _read_manifest(folder)
         reused = files is not None

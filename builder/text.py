@@ -1,5 +1,6 @@
 """Token windows to calibrate and to measure on: from a file, or sampled from the model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -8,9 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from edgellm.builder.bundle_writer import CompiledEngine
 from edgellm.builder.context import BuildContext
+from edgellm.builder.errors import expected
+from edgellm.builder.files import text_sha256
 from edgellm.builder.steps import StepResult, code_sha256
 from edgellm.engines.bundle import file_sha256
+from edgellm.engines.load import create_engine
 
 _CODE: Final = ("edgellm.builder.checkpoint", "edgellm.builder.models", "edgellm.calib")
 _FILE: Final = "windows.npy"
@@ -35,19 +40,20 @@ class TextSource:
         return f"sampled from the model, seed {self.seed}" if self.file is None else self.file.name
 
 
-def text_windows(context: BuildContext, source: TextSource) -> StepResult:
-    """Windows of the text, kept in the cache; `read_windows` reads them.
+def text_windows(context: BuildContext, source: TextSource, whole_half: Callable[[], CompiledEngine]) -> StepResult:
+    """Windows of the text, kept in the cache; `read_windows` reads them. Called only if there is no file, `whole_half`
+    gives the engine that writes the text.
 
-    Raises CalibrationTextError for a file that has too little text or cannot be read.
+    Raises BuildError for a file that has too little text or cannot be read.
     """
 
     def make(folder: Path) -> None:
-        windows = _sample(context, source) if source.file is None else _read(context, source, source.file)
+        windows = _sample(context, source, whole_half()) if source.file is None else _read(context, source, source.file)
         np.save(folder / _FILE, windows)
 
     inputs = {
         "checkpoint": context.checkpoint.sha256,
-        "text": f"seed {source.seed}" if source.file is None else file_sha256(source.file),
+        "text": _sampled(source, whole_half()) if source.file is None else file_sha256(source.file),
         "windows": f"{source.skip}, {source.count} of {source.tokens}",
         "code": code_sha256(*_CODE),
     }
@@ -61,30 +67,38 @@ def read_windows(step: StepResult) -> npt.NDArray[np.int64]:
 
 
 def _read(context: BuildContext, source: TextSource, file: Path) -> npt.NDArray[np.int64]:
-    from edgellm.calib.text import windows_from_file
+    from edgellm.calib.text import CalibrationTextError, windows_from_file
 
     tokenizer = Tokenizer.from_str(context.checkpoint.tokenizer.tokenizer_json)
-    windows = windows_from_file(
-        file,
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        context.checkpoint.generation.bos_token_id,
-        skip=source.skip,
-        count=source.count,
-        tokens=source.tokens,
-    )
+    with expected(CalibrationTextError):
+        windows = windows_from_file(
+            file,
+            lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+            context.checkpoint.generation.bos_token_id,
+            skip=source.skip,
+            count=source.count,
+            tokens=source.tokens,
+        )
     return windows.numpy()
 
 
-def _sample(context: BuildContext, source: TextSource) -> npt.NDArray[np.int64]:
+def _sample(context: BuildContext, source: TextSource, half: CompiledEngine) -> npt.NDArray[np.int64]:
     from edgellm.calib.sample import sample_windows
 
+    blocks = source.count * context.contract.blocks_for(source.tokens)
+    engine = create_engine(half.folder, half.spec, contract=context.contract, kv_blocks=blocks)
     windows = sample_windows(
-        context.load_torch(),
+        engine,
         bos_token_id=context.checkpoint.generation.bos_token_id,
-        vocab_size=context.checkpoint.config.vocab_size,
         count=source.count,
         tokens=source.tokens,
         seed=source.seed,
         progress=lambda _step, done, total: context.progress(f"sampling {source.step}", done, total),
     )
-    return windows.numpy()
+    engine.close()
+    return windows
+
+
+def _sampled(source: TextSource, half: CompiledEngine) -> str:
+    """What identifies sampled text: where it starts, and the bytes of the engine that writes it."""
+    return f"seed {source.seed} {text_sha256(repr(half.spec))}"

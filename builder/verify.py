@@ -1,6 +1,5 @@
 """Measure what a bundle's engines make of text that they were not calibrated on."""
 
-import dataclasses
 from pathlib import Path
 from typing import Final
 
@@ -8,47 +7,38 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.builder.assignment import PlannedEngine
 from edgellm.builder.bundle_writer import CompiledEngine
-from edgellm.builder.compile import compile_planned
 from edgellm.builder.context import BuildContext
-from edgellm.builder.plan import BuildPlan
-from edgellm.builder.recipes import CALIBRATION_WINDOWS, WINDOW_TOKENS, Recipe
+from edgellm.builder.files import text_sha256
+from edgellm.builder.recipes import CALIBRATION_WINDOWS, WINDOW_TOKENS
 from edgellm.builder.steps import StepResult, code_sha256
 from edgellm.builder.text import TextSource, read_windows, text_windows
 from edgellm.engines.base import Engine
 from edgellm.engines.bundle import Quality, file_sha256
 from edgellm.engines.load import create_engine
-from edgellm.engines.spec import Phase
 from edgellm.engines.weights import FloatArray
 
 EVALUATION_WINDOWS: Final = 24
 _FILE: Final = "quality.json"
 
 
-def measure(
-    context: BuildContext, planned: BuildPlan, half: Recipe, decode: Recipe
-) -> tuple[Quality, tuple[StepResult, ...]]:
-    """Perplexity and divergence of the prefill engine, the decode engine, and the two in turn.
+def measure(context: BuildContext, prefill: CompiledEngine, decode: CompiledEngine) -> Quality:
+    """Perplexity and divergence of the prefill engine, the decode engine, and the two in turn; both with all layers.
 
-    Where the plan cuts the model into stages or ranks, engines with all layers are compiled for this: they compute the
-    same. Raises CalibrationTextError for a text that cannot be used.
+    Raises BuildError for a text that cannot be used.
     """
     source = evaluation_source(context)
-    text = text_windows(context, source)
-    prefill, prefill_step = _whole(context, planned, "prefill", half)
-    decoder, decode_step = _whole(context, planned, "decode", decode)
+    text = text_windows(context, source, lambda: prefill)
     inputs = {
-        "prefill": prefill_step.key,
-        "decode": decode_step.key,
+        "prefill": text_sha256(repr(prefill.spec)),
+        "decode": text_sha256(repr(decode.spec)),
         "text": f"{text.key} {source.description}",
         "code": code_sha256("edgellm.calib", "edgellm.builder.checkpoint"),
     }
     step = context.cache.run(
-        "quality", inputs, lambda folder: _measure(context, prefill, decoder, text, source.description, folder)
+        "quality", inputs, lambda folder: _measure(context, prefill, decode, text, source.description, folder)
     )
-    quality = msgspec.json.decode((step.folder / _FILE).read_bytes(), type=Quality)
-    return quality, (text, step)
+    return msgspec.json.decode((step.folder / _FILE).read_bytes(), type=Quality)
 
 
 def evaluation_source(context: BuildContext) -> TextSource:
@@ -64,16 +54,6 @@ def evaluation_source(context: BuildContext) -> TextSource:
         tokens=min(WINDOW_TOKENS, context.max_seq_len),
         seed=options.quantize.seed + 1,
     )
-
-
-def _whole(
-    context: BuildContext, planned: BuildPlan, phase: Phase, recipe: Recipe
-) -> tuple[CompiledEngine, StepResult]:
-    """An engine of that phase with all layers and heads."""
-    first = next(engine for engine in planned.engines if engine.phase == phase)
-    name = "prefill-tp0of1" if phase == "prefill" else "decode-pp0of1"
-    whole: PlannedEngine = dataclasses.replace(first, name=name, rank=0, world=1, graph=recipe.graph)
-    return compile_planned(context, whole, recipe)
 
 
 def _measure(

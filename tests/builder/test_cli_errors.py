@@ -112,6 +112,38 @@ def test_text_that_is_not_there(
     assert "text.jsonl is not a file; pass a .jsonl file" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("short.txt", "Once upon a time.", "but at least 512 are needed; give more text"),
+        ("wrong.jsonl", '{"title": "a"}', "line 1: not a JSON object with a string `text`"),
+        ("text.csv", "a,b", "is a .jsonl file with `text` in each line, or a .txt file"),
+    ],
+)
+def test_text_that_cannot_be_used(
+    name: str,
+    text: str,
+    message: str,
+    stories260k: Path,
+    tmp_path: Path,
+    options: list[str | Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_text(text)
+    refused = main(["--checkpoint", str(stories260k), *map(str, options), "--calib-data", str(tmp_path / name)])
+    assert refused == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_output_below_a_file(
+    stories260k: Path, tmp_path: Path, options: list[str | Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("text")
+    arguments = ["--output", tmp_path / "file" / "bundle", "--precision-decode", "half"]
+    assert main([str(argument) for argument in ("--checkpoint", stories260k, *options, *arguments)]) == 1
+    assert "cannot write to" in capsys.readouterr().err
+
+
 def test_a_cluster_file_with_an_unknown_class(
     stories260k: Path, tmp_path: Path, options: list[str | Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
