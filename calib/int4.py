@@ -12,6 +12,9 @@ from edgellm.engines.weights import Int4Weight
 
 DAMPING: Final = 0.01
 """Added to the diagonal of the second moments, as a fraction of its mean: keeps them invertible, limits overfitting."""
+AWQ_ERROR_RATIO: Final = 0.8
+"""AWQ's scale must save a fifth of the output error: small savings are those of a few tokens with massive activations,
+and the text's other tokens pay for them."""
 _SAMPLE_STEP: Final = 8
 """Every eighth output row decides whether AWQ's input scale helps."""
 
@@ -21,13 +24,14 @@ def quantize_group(
 ) -> list[Int4Weight]:
     """weights [N_i, K], moments [K, K] = E[x x^T] over calibration tokens, awq_scale [K] > 0, all float32.
 
-    A sample of the rows is rounded with AWQ's input scale and without; the way whose outputs err less is taken. AWQ
-    chooses its scale for rounding to nearest, and compensated rounding often does better on the weights as they are.
+    A sample of the rows is rounded with AWQ's input scale and without; AWQ's is taken if the outputs err much less. It
+    is chosen for rounding to nearest, and compensated rounding often does better on the weights as they are.
     """
     weight = torch.cat(weights)
     ways = [_way(weight, moments, scale, precision) for scale in (None, awq_scale)]
     sample = slice(None, None, _SAMPLE_STEP)
-    best = min(ways, key=lambda way: way.round(sample).output_error(weight[sample], moments))
+    plain_error, awq_error = (way.round(sample).output_error(weight[sample], moments) for way in ways)
+    best = ways[1] if awq_error < AWQ_ERROR_RATIO * plain_error else ways[0]
     return best.round(slice(None)).split([len(part) for part in weights], precision.group_size)
 
 
