@@ -1,7 +1,7 @@
 """Two small real models, quantised once per session."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,24 @@ class SmallModel:
         """The same, computed once."""
         return self.quantize(options)
 
-    def sample(self, count: int, tokens: int, seed: int) -> torch.Tensor:
+    def sample(self, count: int, tokens: int, seed: int) -> npt.NDArray[np.int64]:
         return sample_windows(
-            self.torch_model,
+            self.engine(self.graph, self.weights, self.pool(-(-tokens // 32) * count), max_sequences=count),
             bos_token_id=self.bos_token_id,
-            vocab_size=self.graph.vocab_size,
             count=count,
             tokens=tokens,
             seed=seed,
             progress=silent,
         )
 
-    def engine(self, graph: Graph, weights: WeightStore, pool: HostKvPool, max_rows: int = 64) -> ReferenceEngine:
+    def engine(
+        self, graph: Graph, weights: WeightStore, pool: HostKvPool, max_rows: int = 64, max_sequences: int = 1
+    ) -> ReferenceEngine:
         spec = EngineSpec(
             name="test", phase="decode", backend="reference", backend_version="1", device_class="cpu-local",
             first_layer=0, num_layers=graph.num_layers, rank=0, world=1, precision="half",
             hidden_size=graph.hidden_size, vocab_size=graph.vocab_size, files=(),
-            limits=EngineLimits(max_rows=max_rows, max_sequences=1, max_seq_len=512),
+            limits=EngineLimits(max_rows=max_rows, max_sequences=max_sequences, max_seq_len=512),
         )  # fmt: skip
         return ReferenceEngine(graph, weights, spec=spec, pool=pool)
 
@@ -84,19 +85,17 @@ class SmallModel:
 def load(path: Path) -> SmallModel:
     checkpoint = open_checkpoint(str(path))
     config, bos = checkpoint.config, checkpoint.generation.bos_token_id
-    graph, model = build_graph(config), checkpoint.load_torch()
-    windows = sample_windows(
-        model, bos_token_id=bos, vocab_size=graph.vocab_size, count=8, tokens=128, seed=0, progress=silent
-    )
-    return SmallModel(
+    graph = build_graph(config)
+    model = SmallModel(
         graph=graph,
         weights={name: checkpoint.weights[name] for name in checkpoint.weights},
-        torch_model=model,
+        torch_model=checkpoint.load_torch(),
         source_of=checkpoint.source_of,
         bos_token_id=bos,
         contract=KvContract(num_layers=config.num_layers, kv_heads=config.kv_heads, head_dim=config.head_dim),
-        windows=windows,
+        windows=torch.empty(0),
     )
+    return replace(model, windows=torch.from_numpy(model.sample(8, 128, seed=0)))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ WINDOW_TOKENS = 97
 
 @pytest.fixture(scope="module")
 def windows(small_model) -> np.ndarray:
-    return small_model.sample(3, WINDOW_TOKENS, seed=9).numpy()
+    return small_model.sample(3, WINDOW_TOKENS, seed=9)
 
 
 def measure(small_model, quantized, windows: np.ndarray, progress, *, max_rows: int = 64) -> Quality:
@@ -53,14 +53,14 @@ def test_reference_perplexity_is_of_the_second_half(small_model, quantized, wind
 
 def test_chunks_do_not_change_the_result(stories, progress) -> None:
     """But for the order of NumPy's sums, which can tip the rounding of an activation."""
-    text = stories.sample(2, 70, seed=4).numpy()
+    text = stories.sample(2, 70, seed=4)
     whole, cut = (measure(stories, stories.quantized(), text, progress, max_rows=rows) for rows in (128, 7))
     assert whole.perplexity == pytest.approx(cut.perplexity, rel=1e-2)
     assert whole.perplexity["half"] == pytest.approx(cut.perplexity["half"], rel=1e-4)
 
 
 def test_more_outliers_cost_less(stories, progress) -> None:
-    text = stories.sample(4, 128, seed=5).numpy()
+    text = stories.sample(4, 128, seed=5)
     few, many = (
         measure(stories, stories.quantized(QuantizeOptions(outliers=count)), text, progress) for count in (0, 16)
     )
@@ -77,7 +77,7 @@ def test_blocks_are_freed_when_an_engine_fails(stories, progress) -> None:
             reference=stories.reference,
             prefill=stories.engine(stories.graph, stories.weights, pool),
             decode=broken,
-            windows=stories.sample(1, 40, seed=0).numpy(),
+            windows=stories.sample(1, 40, seed=0),
             text="sampled",
             progress=progress,
         )

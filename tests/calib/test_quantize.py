@@ -29,7 +29,7 @@ def layer_inputs(small_model, monkeypatch_target: dict[str, torch.Tensor]) -> No
         if isinstance(module, torch.nn.Linear)
     ]
     with torch.inference_mode():
-        small_model.torch_model(small_model.sample(4, 128, seed=77))
+        small_model.torch_model(torch.from_numpy(small_model.sample(4, 128, seed=77)))
     for handle in handles:
         handle.remove()
 
