@@ -7,7 +7,7 @@ share of the memory bandwidth that a decode step reaches is read beside the band
 import argparse
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,20 @@ import numpy as np
 import torch
 
 from bench.report import Report, Target, machine
-from bench.timing import median_s, read_bandwidth_gb_s
+from bench.rounding import rounded
+from bench.timing import medians_s, read_bandwidth_gb_s
 from edgellm.builder.checkpoint import open_checkpoint
 from edgellm.builder.checkpoint.checkpoint import Checkpoint
 from edgellm.builder.models import build_graph
-from edgellm.calib.quantize import quantize_int8
 from edgellm.calib.recipe import QuantizeOptions, quantized_graph
 from edgellm.engines.base import Batch
 from edgellm.engines.cpu.compiler import WEIGHTS_FILE, compile_engine
 from edgellm.engines.cpu.engine import CpuEngine
-from edgellm.engines.graph import Attention, Embed, Graph, Int4, Linear, WeightName
+from edgellm.engines.graph import Attention, Graph
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.engines.reference import reference_spec
 from edgellm.engines.spec import EngineLimits
-from edgellm.engines.weights import FloatArray, Int4Weight, Weight, WeightStore
+from edgellm.engines.weights import WeightStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> Report:
             *_native_runners(checkpoint, tokens, Path(folder), options.threads),
             *_torch_runners(checkpoint, tokens),
         ]
-        results = [_measure(runner, len(tokens), options.repeats) for runner in runners]
+        results = list(_results(runners, len(tokens), options.repeats))
     bandwidth = {"read_gb_per_s": round(read_bandwidth_gb_s(), 2), "threads": options.threads}
     return Report(
         name="engine",
@@ -88,16 +88,17 @@ def _packaged_checkpoint() -> str:
     return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
-def _measure(runner: Runner, prompt_tokens: int, repeats: int) -> Result:
-    prefill_s = median_s(runner.prefill, repeats)
-    decode_s = median_s(runner.decode, 5 * repeats)
-    return Result(
-        engine=runner.name,
-        prefill_tokens_per_s=prompt_tokens / prefill_s,
-        decode_tokens_per_s=1 / decode_s,
-        weight_mb=runner.weight_bytes / 1e6,
-        decode_gb_per_s=runner.weight_bytes / decode_s / 1e9,
-    )
+def _results(runners: Sequence[Runner], prompt_tokens: int, repeats: int) -> Iterator[Result]:
+    prefill_s = medians_s([runner.prefill for runner in runners], repeats)
+    decode_s = medians_s([runner.decode for runner in runners], 5 * repeats)
+    for runner, prefill, decode in zip(runners, prefill_s, decode_s, strict=True):
+        yield Result(
+            engine=runner.name,
+            prefill_tokens_per_s=prompt_tokens / prefill,
+            decode_tokens_per_s=1 / decode,
+            weight_mb=runner.weight_bytes / 1e6,
+            decode_gb_per_s=runner.weight_bytes / decode / 1e9,
+        )
 
 
 def _targets(results: Mapping[str, Result]) -> list[Target]:
@@ -119,7 +120,7 @@ def _native_runners(
     int4 = quantized_graph(graph, QuantizeOptions(outliers=8))
     for name, compiled, weights in (
         ("half", graph, checkpoint.weights),
-        ("int4", int4, _rounded(int4, checkpoint.weights)),
+        ("int4", int4, rounded(int4, checkpoint.weights)),
     ):
         engine = _compile(compiled, weights, folder / name, len(tokens), threads)
         size = (folder / name / WEIGHTS_FILE).stat().st_size
@@ -181,35 +182,7 @@ def _torch_decode(model: Any, tokens: np.ndarray[Any, Any]) -> Callable[[], obje
     @torch.inference_mode()
     def decode() -> object:
         logits = model(token, past_key_values=cache, use_cache=True).logits
-        cache.crop(len(tokens))
+        cache.crop(-1)
         return logits
 
     return decode
-
-
-def _rounded(graph: Graph, weights: WeightStore) -> dict[WeightName, Weight]:
-    """Weights in the forms that the graph's ops ask for, rounded to nearest: speed does not depend on their values."""
-    rounded: dict[WeightName, Weight] = dict(weights)
-    for op in graph.ops:
-        weight = rounded[op.weight] if isinstance(op, Embed | Linear) else None
-        if not isinstance(op, Embed | Linear) or not isinstance(weight, np.ndarray):
-            continue
-        is_int4 = isinstance(op.precision, Int4)
-        rounded[op.weight] = _int4(weight, op.precision) if is_int4 else quantize_int8(weight)
-    return rounded
-
-
-def _int4(weight: FloatArray, precision: Int4) -> Int4Weight:
-    groups = weight.reshape(len(weight), -1, precision.group_size)
-    scale = np.maximum(np.abs(groups).max(axis=2) / 7, 1e-8).astype(np.float32)
-    q = np.rint(groups / scale[..., None]).astype(np.int8).reshape(weight.shape)
-    outliers = np.arange(precision.outliers, dtype=np.int32)
-    q[:, outliers] = 0
-    return Int4Weight(
-        q=q,
-        scale=scale,
-        group_size=precision.group_size,
-        input_scale=None,
-        outlier_columns=outliers,
-        outlier_weight=weight[:, outliers],
-    )

@@ -2,20 +2,25 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 
+def medians_s(actions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median wall-clock seconds of `repeats` runs of each, after one that does not count; the actions take turns."""
+    times: list[list[float]] = [[] for _ in actions]
+    for _ in range(repeats + 1):
+        for action, taken in zip(actions, times, strict=True):
+            started = time.perf_counter()
+            action()
+            taken.append(time.perf_counter() - started)
+    return [statistics.median(taken[1:]) for taken in times]
+
+
 def median_s(action: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock seconds of `repeats` runs, after one that does not count."""
-    action()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    """Of one action alone."""
+    return medians_s([action], repeats)[0]
 
 
 def read_bandwidth_gb_s(repeats: int = 7) -> float:

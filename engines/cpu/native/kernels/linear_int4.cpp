@@ -101,8 +101,8 @@ struct Int4FloatTile {
   template <int Rows, int Panels>
   static void add_line(const LinearArgs& args, std::int64_t row, int p, std::int64_t k, I32 words,
                        F32 (&sum)[Rows][Panels]) {
-    const F32 w[8] = {nibble_weight<0>(words),  nibble_weight<8>(words),  nibble_weight<16>(words),
-                      nibble_weight<24>(words), nibble_weight<4>(words),  nibble_weight<12>(words),
+    const F32 w[8] = {nibble_weight<0>(words),  nibble_weight<8>(words), nibble_weight<16>(words),
+                      nibble_weight<24>(words), nibble_weight<4>(words), nibble_weight<12>(words),
                       nibble_weight<20>(words), nibble_weight<28>(words)};
     for (int r = 0; r < Rows; ++r) {
       const float* x = record_at<float>(args, row + r, 0) + k;
