@@ -48,7 +48,7 @@ def inputs(cluster: Cluster, *, max_seq_len: int = 1024, **shape: int) -> PlanIn
     return PlanInputs(
         cluster=cluster,
         prefill_graph=graph,
-        decode_graph=quantized_graph(graph, QuantizeOptions()),
+        decode_graph=quantized_graph(graph, QuantizeOptions(outliers=16)),
         contract=KvContract(num_layers=config.num_layers, kv_heads=config.kv_heads, head_dim=config.head_dim),
         max_seq_len=max_seq_len,
     )
@@ -108,7 +108,10 @@ def test_what_is_planned_fits_and_covers_every_layer_once(prefill: list[int], de
 def test_the_local_machine_gets_both_phases() -> None:
     planned = make_plan(inputs(LOCAL_CLUSTER))
     assert [engine.name for engine in planned.engines] == ["prefill-tp0of1", "decode-pp0of1"]
-    assert [placement.precision for placement in planned.plan.placements] == ["half", "int4-g128-a8-o16"]
+    assert [placement.precision for placement in planned.plan.placements] == [
+        "half",
+        precision_label(inputs(LOCAL_CLUSTER).decode_graph),
+    ]
     assert planned.notes == ()
     assert planned == make_plan(inputs(LOCAL_CLUSTER))
 

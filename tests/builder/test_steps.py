@@ -43,12 +43,19 @@ def test_any_changed_input_is_another_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("else"), lambda path: path.unlink()])
 @pytest.mark.parametrize("file", ["result", "step.json"])
 def test_a_damaged_step_is_done_again(tmp_path: Path, damage: object, file: str) -> None:
-    counter, cache = Counter(), StepCache(tmp_path)
-    folder = cache.run("step", INPUTS, counter.make).folder
+    counter = Counter()
+    folder = StepCache(tmp_path).run("step", INPUTS, counter.make).folder
     damage(folder / file)  # type: ignore[operator]
-    assert not cache.run("step", INPUTS, counter.make).reused
+    assert not StepCache(tmp_path).run("step", INPUTS, counter.make).reused
     assert (folder / "result").read_text() == "run 2"
-    assert cache.run("step", INPUTS, counter.make).reused
+    assert StepCache(tmp_path).run("step", INPUTS, counter.make).reused
+
+
+def test_a_step_asked_for_twice_counts_as_the_first_time(tmp_path: Path) -> None:
+    counter, cache = Counter(), StepCache(tmp_path)
+    results = [cache.run("step", INPUTS, counter.make) for _ in range(2)]
+    assert cache.results == (results[0],)
+    assert not results[1].reused
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
