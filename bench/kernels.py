@@ -41,7 +41,7 @@ class Form:
 FORMS = (
     Form(name="half", input_form="half", weight_bytes=2, input_bytes=4),
     Form(name="int8", input_form="int8", weight_bytes=1, input_bytes=1),
-    Form(name="int8_float", input_form="float", weight_bytes=1, input_bytes=4),
+    Form(name="int8x16", input_form="int16", weight_bytes=1, input_bytes=2),
     Form(name="int4", input_form="int8", weight_bytes=0.5, input_bytes=1),
     Form(name="int4_float", input_form="float", weight_bytes=0.5, input_bytes=4),
 )

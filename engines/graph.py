@@ -26,7 +26,8 @@ class Half:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8:
-    """Weights int8 with one scale per output row; activations int8 per token, or half where `act_bits` is 16."""
+    """Weights int8 with one scale per output row; activations int8 per token, or at least as fine as half where
+    `act_bits` is 16."""
 
     kind: Literal["int8"] = "int8"
     act_bits: Literal[8, 16] = 8

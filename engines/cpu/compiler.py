@@ -204,9 +204,14 @@ class _Compiler:
     def _records(self, packed: PackedLinear) -> plan.Records:
         """Rooms of a record; a half-precision value gets 4 bytes, for machines that widen it."""
         padded_outliers = pack.round_up(packed.outliers, 2)
-        is_int8 = _input_form(packed) == "int8"
-        sums_at = packed.padded_channels * (1 if is_int8 else 4)
-        outliers_at = sums_at + 4 * (packed.padded_channels // packed.group_size if is_int8 else 0)
+        channel_bytes, sums = {
+            "half": (4, 0),
+            "float": (4, 0),
+            "int8": (1, packed.padded_channels // packed.group_size),
+            "int16": (2, 2),
+        }[_input_form(packed)]
+        sums_at = channel_bytes * packed.padded_channels
+        outliers_at = sums_at + 4 * sums
         scale_at = outliers_at + 4 * padded_outliers
         return plan.Records(
             buffer=self._buffers.new(scale_at + 4, len(self._ops)),
@@ -268,11 +273,13 @@ class _Compiler:
         return whole
 
 
-def _input_form(packed: PackedLinear) -> Literal["half", "float", "int8"]:
+def _input_form(packed: PackedLinear) -> Literal["half", "float", "int8", "int16"]:
     match packed.form:
         case "half":
             return "half"
         case "int8" | "int4":
             return "int8"
-        case "int8_float" | "int4_float":
+        case "int8x16":
+            return "int16"
+        case "int4_float":
             return "float"

@@ -14,9 +14,11 @@ from edgellm.engines.cpu.weights_file import CountedWeights, WeightsFile
 from edgellm.engines.graph import Half, Int4, Int8, Linear
 from edgellm.engines.weights import FloatArray, Int4Weight, Int8Weight, Weight
 
-LinearForm: TypeAlias = Literal["half", "int8", "int8_float", "int4", "int4_float"]
+LinearForm: TypeAlias = Literal["half", "int8", "int8x16", "int4", "int4_float"]
 MAX_INT8_CHANNELS = 65536
 """A sum of u8 * s8 over more channels could leave int32."""
+INT16_MAX = 127 * 128
+"""Largest magnitude of an int16 input: its high part, rounded, is still an int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def pack_linear(op: FusedLinear, weights: CountedWeights, file: WeightsFile, tab
         case Half():
             return _dense(op, _table(op, weights, file, tables), "half")
         case Int8(act_bits=act_bits):
-            return _dense(op, _table(op, weights, file, tables), "int8" if act_bits == 8 else "int8_float")
+            return _dense(op, _table(op, weights, file, tables), "int8" if act_bits == 8 else "int8x16")
         case Int4():
             return _pack_int4(op, op.precision, _int4_parts(op, weights), file)
 
@@ -113,9 +115,9 @@ def _table(op: FusedLinear, weights: CountedWeights, file: WeightsFile, tables: 
     return tables[name]
 
 
-def _dense(op: FusedLinear, table: PackedTable, form: Literal["half", "int8", "int8_float"]) -> PackedLinear:
+def _dense(op: FusedLinear, table: PackedTable, form: Literal["half", "int8", "int8x16"]) -> PackedLinear:
     channels = op.parts[0].in_features
-    if channels > MAX_INT8_CHANNELS and form == "int8":
+    if channels > MAX_INT8_CHANNELS and form != "half":
         raise ValueError(f"linear {op.outs[0]!r} sums {channels} int8 channels; at most {MAX_INT8_CHANNELS} fit int32")
     return PackedLinear(
         form=form,
@@ -125,6 +127,7 @@ def _dense(op: FusedLinear, table: PackedTable, form: Literal["half", "int8", "i
         group_size=table.padded_channels,
         weight=table.weight,
         column_scale=table.scale,
+        quant_max=INT16_MAX if form == "int8x16" else 127,
     )
 
 

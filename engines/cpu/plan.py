@@ -85,7 +85,7 @@ class NormOp(msgspec.Struct, frozen=True, kw_only=True, tag="NormOp"):
 class PrepareOp(msgspec.Struct, frozen=True, kw_only=True, tag="PrepareOp"):
     """Convert a linear's input once for all that read it."""
 
-    form: Literal["half", "float", "int8"]
+    form: Literal["half", "float", "int8", "int16"]
     x: View
     out: Records
     input_scale: Segment | None
@@ -97,7 +97,7 @@ class PrepareOp(msgspec.Struct, frozen=True, kw_only=True, tag="PrepareOp"):
 class LinearOp(msgspec.Struct, frozen=True, kw_only=True, tag="LinearOp"):
     """One or several linears of the same input, their output columns side by side."""
 
-    form: Literal["half", "int8", "int8_float", "int4", "int4_float"]
+    form: Literal["half", "int8", "int8x16", "int4", "int4_float"]
     x: Records
     out: View
     weight: Segment

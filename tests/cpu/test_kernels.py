@@ -8,6 +8,7 @@ import pytest
 
 from edgellm.engines.cpu import pack
 from edgellm.engines.cpu._native import Executor
+from edgellm.engines.cpu.pack_linear import INT16_MAX
 
 KV_HEADS, HEAD_DIM, GROUP, NUM_BLOCKS = 2, 20, 3, 8
 
@@ -176,7 +177,7 @@ class LinearCase:
 
     @property
     def input_form(self):
-        return {"half": "half", "int8": "int8", "int4": "int8"}.get(self.form, "float")
+        return {"half": "half", "int8": "int8", "int8x16": "int16", "int4": "int8"}.get(self.form, "float")
 
 
 def linear_case(form, columns, channels, quant_max=127):
@@ -189,7 +190,16 @@ def linear_case(form, columns, channels, quant_max=127):
         padded = pack.round_up(channels, 64)
         q = rng.integers(-127, 128, (columns, channels)).astype(np.int8)
         scale = pack.pad_columns(rng.uniform(0.001, 0.01, columns))
-        return LinearCase(form, columns, channels, padded, padded, pack.pack_int8(q, padded), column_scale=scale)
+        return LinearCase(
+            form,
+            columns,
+            channels,
+            padded,
+            padded,
+            pack.pack_int8(q, padded),
+            column_scale=scale,
+            quant_max=127 if form == "int8" else INT16_MAX,
+        )
     group = 8 if channels % 16 else 16
     q = rng.integers(-8, 8, (columns, channels)).astype(np.int8)
     scale = (rng.uniform(1e-7, 10, (columns, channels // group)) ** 3).astype(np.float32)
@@ -217,9 +227,10 @@ def compute_linear(case, rows, name, *, bias, residual):
     """The input's conversion, then the linear: float32 [rows, columns]."""
     memory = Memory()
     outliers, padded_outliers = (0, 0) if case.outlier_columns is None else (3, 4)
-    is_int8 = case.input_form == "int8"
-    sums_at = case.padded_channels * (1 if is_int8 else 4)
-    outliers_at = sums_at + 4 * (case.padded_channels // case.group_size if is_int8 else 0)
+    channel_bytes = {"int8": 1, "int16": 2}.get(case.input_form, 4)
+    sums = {"int8": case.padded_channels // case.group_size, "int16": 2}.get(case.input_form, 0)
+    sums_at = case.padded_channels * channel_bytes
+    outliers_at = sums_at + 4 * sums
     scale_at = outliers_at + 4 * padded_outliers
     row_bytes = pack.round_up(scale_at + 4, 64)
     x, out, added = (memory.rows(rows, width) for width in (case.channels, case.columns, case.columns))
@@ -259,7 +270,7 @@ def compute_linear(case, rows, name, *, bias, residual):
     return memory.view(out, rows, case.columns)
 
 
-@pytest.mark.parametrize("form", ["half", "int8", "int8_float", "int4", "int4_float"])
+@pytest.mark.parametrize("form", ["half", "int8", "int8x16", "int4", "int4_float"])
 @pytest.mark.parametrize(("columns", "channels"), [(1, 8), (17, 24), (33, 64), (100, 176), (160, 48)])
 def test_linear(isa, form, columns, channels):
     """Every count of rows up to two tiles and a bit, with and without bias and residual."""

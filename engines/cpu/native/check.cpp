@@ -59,7 +59,7 @@ void compare(const std::string& what, const Floats& found, const Floats& expecte
   }
 }
 
-enum class Form { kHalf, kInt8, kInt8Float, kInt4, kInt4Float };
+enum class Form { kHalf, kInt8, kInt8x16, kInt4, kInt4Float };
 
 struct LinearCase {
   Form form;
@@ -74,7 +74,7 @@ struct LinearCase {
 
 Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
   const std::int64_t sums_at = c.channels * (c.is_int8_input() ? 1 : 4);
-  const std::int64_t outliers_at = sums_at + 4 * (c.channels / c.group());
+  const std::int64_t outliers_at = sums_at + 4 * std::max<std::int64_t>(2, c.channels / c.group());
   const std::int64_t row_bytes = outliers_at + 4 * c.outliers + 4;
   Bytes records(c.rows * row_bytes);
   Floats x = random_floats(c.rows * c.channels, 1);
@@ -90,7 +90,7 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
                             c.outliers,
                             c.outliers,
                             c.group(),
-                            127.0F};
+                            c.form == Form::kInt8x16 ? 16256.0F : 127.0F};
   const auto weight_halves = random_halves<float_to_bf16>(c.panels() * 16 * c.channels, 2);
   const Bytes weight_bytes = random_bytes(c.panels() * 16 * c.channels, 3);
   const auto group_scale = random_halves<float_to_fp16>(c.panels() * 16 * (c.channels / c.group()), 4);
@@ -115,10 +115,11 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
       .residual = residual.data(),
       .residual_stride = c.columns,
       .out = {out.data(), c.columns}};
-  (is_half             ? kernels.prepare_half
-   : c.is_int8_input() ? kernels.prepare_int8
-                       : kernels.prepare_float)(prepare, 0, c.rows);
-  const Kernel<LinearArgs> linears[] = {kernels.linear_half, kernels.linear_int8, kernels.linear_int8_float,
+  (is_half                    ? kernels.prepare_half
+   : c.is_int8_input()        ? kernels.prepare_int8
+   : c.form == Form::kInt8x16 ? kernels.prepare_int16
+                              : kernels.prepare_float)(prepare, 0, c.rows);
+  const Kernel<LinearArgs> linears[] = {kernels.linear_half, kernels.linear_int8, kernels.linear_int8x16,
                                         kernels.linear_int4, kernels.linear_int4_float};
   linears[static_cast<int>(c.form)](args, 0, c.panels());
   return out;
@@ -204,7 +205,7 @@ void check_isa(const std::string& isa) {
   for (const std::int64_t size : {2, 16, 37, 64}) {
     compare(isa + " elementwise", run_elementwise(kernels, size), run_elementwise(twins, size));
   }
-  for (const Form form : {Form::kHalf, Form::kInt8, Form::kInt8Float, Form::kInt4, Form::kInt4Float}) {
+  for (const Form form : {Form::kHalf, Form::kInt8, Form::kInt8x16, Form::kInt4, Form::kInt4Float}) {
     for (const std::int64_t rows : {1, 2, 3, 5, 9, 16, 17, 35}) {
       const LinearCase c{form, rows, 70, 64};
       compare(isa + " linear " + std::to_string(static_cast<int>(form)) + " rows " + std::to_string(rows),

@@ -59,10 +59,6 @@ class Native {
   void prepare(const std::string& form, RowsAt x, RecordsAt out, Segment input_scale, Segment outlier_columns,
                std::int64_t channels, std::int64_t padded_channels, std::int64_t outliers, std::int64_t padded_outliers,
                std::int64_t group_size, float quant_max) {
-    const KernelTable& k = executor_.kernels();
-    const Kernel<PrepareArgs> kernel = form == "half"    ? k.prepare_half
-                                       : form == "float" ? k.prepare_float
-                                                         : k.prepare_int8;
     const PrepareArgs args{rows(x),
                            records(out),
                            floats(input_scale),
@@ -73,7 +69,7 @@ class Native {
                            padded_outliers,
                            group_size,
                            quant_max};
-    executor_.add(RowOp<PrepareArgs>{kernel, args, 4 * channels});
+    executor_.add(RowOp<PrepareArgs>{prepare_kernel(form), args, 4 * channels});
   }
 
   void linear(const std::string& form, RecordsAt x, RowsAt out, std::int64_t weight, Segment group_scale,
@@ -164,11 +160,20 @@ class Native {
     return offset ? reinterpret_cast<const std::int32_t*>(bytes(*offset)) : nullptr;
   }
 
+  Kernel<PrepareArgs> prepare_kernel(const std::string& form) const {
+    const KernelTable& k = executor_.kernels();
+    if (form == "half") return k.prepare_half;
+    if (form == "float") return k.prepare_float;
+    if (form == "int8") return k.prepare_int8;
+    if (form == "int16") return k.prepare_int16;
+    throw nb::value_error(("unknown form of a linear's input: " + form).c_str());
+  }
+
   Kernel<LinearArgs> linear_kernel(const std::string& form) const {
     const KernelTable& k = executor_.kernels();
     if (form == "half") return k.linear_half;
     if (form == "int8") return k.linear_int8;
-    if (form == "int8_float") return k.linear_int8_float;
+    if (form == "int8x16") return k.linear_int8x16;
     if (form == "int4") return k.linear_int4;
     if (form == "int4_float") return k.linear_int4_float;
     throw nb::value_error(("unknown form of linear: " + form).c_str());

@@ -30,7 +30,7 @@ namespace edgellm::EDGELLM_ISA {
 
 void linear_half(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 void linear_int8(const LinearArgs& args, std::int64_t begin, std::int64_t end);
-void linear_int8_float(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+void linear_int8x16(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 void linear_int4(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 void linear_int4_float(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 

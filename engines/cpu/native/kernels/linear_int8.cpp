@@ -37,38 +37,52 @@ struct Int8Tile {
   }
 };
 
-template <int Channel>
-inline F32 channel_weight(I32 words) {
-  return to_f32(sub(bit_and(shift_right<8 * Channel>(words), set1_i32(255)), set1_i32(128)));
-}
+// 15-bit activations as two int8 parts: each weight is loaded once and multiplied with both, exactly.
+struct Int8x16Tile {
+  static constexpr int kMaxSums = kTileRows * kTilePanels / 2;  // a value takes two registers
 
-// Weights widened to float32, activations left in float32.
-struct Int8FloatTile {
   template <int Rows, int Panels>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
+    if constexpr (Rows > 1 && Rows * Panels > kMaxSums) {
+      run<Rows / 2, Panels>(args, row, panel);
+      run<Rows - Rows / 2, Panels>(args, row + Rows / 2, panel);
+    } else {
+      run_tile<Rows, Panels>(args, row, panel);
+    }
+  }
+
+  template <int Rows, int Panels>
+  static void run_tile(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
     const std::int64_t panel_bytes = args.channels / 4 * kLineBytes;
     const std::uint8_t* weight = args.weight + panel * panel_bytes;
-    const float* x[Rows];
-    F32 sum[Rows][Panels];
+    const std::int8_t* x[Rows];
+    I32 high[Rows][Panels];
+    I32 low[Rows][Panels];
     for (int r = 0; r < Rows; ++r) {
-      x[r] = record_at<float>(args, row + r, 0);
-      for (int p = 0; p < Panels; ++p) sum[r][p] = zero();
+      x[r] = record_at<std::int8_t>(args, row + r, 0);
+      for (int p = 0; p < Panels; ++p) high[r][p] = low[r][p] = set1_i32(0);
     }
     for (std::int64_t k = 0; k < args.channels; k += 4) {
       for (int p = 0; p < Panels; ++p) {
-        const I32 words = load_i32(weight + p * panel_bytes + k / 4 * kLineBytes);
-        const F32 w[4] = {channel_weight<0>(words), channel_weight<1>(words), channel_weight<2>(words),
-                          channel_weight<3>(words)};
+        const Int8Line line = load_int8_line(weight + p * panel_bytes + k / 4 * kLineBytes);
         for (int r = 0; r < Rows; ++r) {
-          for (int j = 0; j < 4; ++j) sum[r][p] = fma(w[j], set1(x[r][k + j]), sum[r][p]);
+          high[r][p] = dot_int8(high[r][p], line, x[r] + k);
+          low[r][p] = dot_int8(low[r][p], line, x[r] + args.channels + k);
         }
       }
     }
     for (int r = 0; r < Rows; ++r) {
-      for (int p = 0; p < Panels; ++p) {
-        finish(args, row + r, panel + p, mul(sum[r][p], column_scale(args, panel + p)));
-      }
+      for (int p = 0; p < Panels; ++p) finish_parts(args, row + r, panel + p, high[r][p], low[r][p]);
     }
+  }
+
+  static void finish_parts(const LinearArgs& args, std::int64_t row, std::int64_t panel, I32 high, I32 low) {
+    const std::int32_t* sums = record_at<std::int32_t>(args, row, args.x.sums_at);
+    const F32 scale = set1(*record_at<float>(args, row, args.x.scale_at));
+    const F32 upper = to_f32(sub(high, set1_i32(kInt8Offset * sums[0])));
+    const F32 lower = to_f32(sub(low, set1_i32(kInt8Offset * sums[1])));
+    const F32 y = mul(fma(upper, set1(static_cast<float>(kInt16Base)), lower), scale);
+    finish(args, row, panel, mul(y, column_scale(args, panel)));
   }
 };
 
@@ -78,8 +92,8 @@ void linear_int8(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   walk_panels<Int8Tile>(args, begin, end);
 }
 
-void linear_int8_float(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
-  walk_panels<Int8FloatTile>(args, begin, end);
+void linear_int8x16(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
+  walk_panels<Int8x16Tile>(args, begin, end);
 }
 
 }  // namespace edgellm::EDGELLM_ISA

@@ -89,11 +89,13 @@ void linear_int8(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   });
 }
 
-void linear_int8_float(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
+void linear_int8x16(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   linear(args, begin, end, [&](std::int64_t row, std::int64_t n) {
-    const auto* x = record<float>(args, row, 0);
-    const double scale = args.column_scale[n];
-    return scale * sum(args.channels, [&](std::int64_t k) { return 1.0 * x[k] * int8_weight(args, n, k); });
+    const auto* high = record<std::int8_t>(args, row, 0);
+    const std::int8_t* low = high + args.channels;
+    const double scale = 1.0 * *record<float>(args, row, args.x.scale_at) * args.column_scale[n];
+    const auto x = [&](std::int64_t k) { return 1.0 * kInt16Base * high[k] + low[k]; };
+    return scale * sum(args.channels, [&](std::int64_t k) { return x(k) * int8_weight(args, n, k); });
   });
 }
 

@@ -31,23 +31,22 @@ float largest_magnitude(const PrepareArgs& args, const float* x) {
   return reduce_max(largest);
 }
 
-// Symmetric, to nearest even; the scale maps the largest magnitude to quant_max.
-void quantize(const PrepareArgs& args, const float* x, std::uint8_t* record) {
+// Symmetric, to nearest even; the scale maps the largest magnitude to quant_max. store(k, q) takes 16 channels from k.
+template <class Store>
+void quantize(const PrepareArgs& args, const float* x, std::uint8_t* record, const Store& store) {
   const float largest = largest_magnitude(args, x);
   const float scale = largest / args.quant_max;
   std::memcpy(record + args.out.scale_at, &scale, sizeof(scale));
   const F32 inverse = set1(largest > 0.0F ? args.quant_max / largest : 0.0F);
   const F32 limit = set1(args.quant_max);
-  auto* q = reinterpret_cast<std::int8_t*>(record);
   for (std::int64_t k = 0; k < args.padded_channels; k += kLanes) {
-    const F32 value = min(max(mul(scaled(args, x, k), inverse), sub(zero(), limit)), limit);
-    store_i8_n(q + k, to_i32(value), static_cast<int>(args.padded_channels - k));
+    store(k, to_i32(min(max(mul(scaled(args, x, k), inverse), sub(zero(), limit)), limit)));
   }
 }
 
-void sum_groups(const PrepareArgs& args, std::uint8_t* record) {
+void sum_groups(const PrepareArgs& args, std::int64_t groups, std::uint8_t* record) {
   const auto* q = reinterpret_cast<const std::int8_t*>(record);
-  for (std::int64_t group = 0; group < args.padded_channels / args.group_size; ++group) {
+  for (std::int64_t group = 0; group < groups; ++group) {
     std::int32_t total = 0;
     for (std::int64_t k = group * args.group_size; k < (group + 1) * args.group_size; ++k) {
       total += q[k];
@@ -83,9 +82,26 @@ void prepare_int8(const PrepareArgs& args, std::int64_t begin, std::int64_t end)
   for (std::int64_t row = begin; row < end; ++row) {
     const float* x = args.x.data + row * args.x.stride;
     std::uint8_t* record = args.out.data + row * args.out.row_bytes;
-    quantize(args, x, record);
-    sum_groups(args, record);
+    auto* out = reinterpret_cast<std::int8_t*>(record);
+    quantize(args, x, record,
+             [&](std::int64_t k, I32 q) { store_i8_n(out + k, q, static_cast<int>(args.padded_channels - k)); });
+    sum_groups(args, args.padded_channels / args.group_size, record);
     gather_outliers(args, x, record);
+  }
+}
+
+void prepare_int16(const PrepareArgs& args, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    std::uint8_t* record = args.out.data + row * args.out.row_bytes;
+    auto* high = reinterpret_cast<std::int8_t*>(record);
+    std::int8_t* low = high + args.padded_channels;
+    quantize(args, args.x.data + row * args.x.stride, record, [&](std::int64_t k, I32 q) {
+      const int n = static_cast<int>(args.padded_channels - k);
+      const I32 upper = shift_right_signed<7>(add(q, set1_i32(kInt16Base / 2)));
+      store_i8_n(high + k, upper, n);
+      store_i8_n(low + k, sub(q, shift_left<7>(upper)), n);
+    });
+    sum_groups(args, 2, record);
   }
 }
 

@@ -14,7 +14,7 @@ struct PrepareArgs {
   const std::int32_t* outlier_columns;  // [outliers]
   std::int64_t channels, padded_channels, outliers, padded_outliers;
   std::int64_t group_size;  // channels per sum, for int8
-  float quant_max;          // 127 or 7, for int8
+  float quant_max;          // 127 or 7 for int8, kInt16Max for int16
 };
 
 }  // namespace edgellm
@@ -25,6 +25,7 @@ namespace edgellm::EDGELLM_ISA {
 void prepare_half(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
 void prepare_float(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
 void prepare_int8(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
+void prepare_int16(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
 
 }  // namespace edgellm::EDGELLM_ISA
 #endif

@@ -10,6 +10,7 @@ namespace edgellm {
 
 inline constexpr std::int64_t kPanelColumns = 16;
 inline constexpr std::int64_t kBlockTokens = 32;
+inline constexpr std::int32_t kInt16Base = 128;  // of the two parts of an int16 input
 
 // float32 [rows, width], rows `stride` floats apart.
 struct Rows {
@@ -18,8 +19,9 @@ struct Rows {
 };
 
 // A linear's input after conversion: bytes [rows, row_bytes], each row holding
-//   channels   HalfIn, float or int8 [padded_channels] at 0
-//   sums       int32 [groups] at sums_at: sum of the int8 channels of each group
+//   channels   HalfIn, float or int8 [padded_channels] at 0; int16 as int8 [2][padded_channels], high and low parts:
+//              high * 128 + low, low in [-64, 63]
+//   sums       int32 [groups] at sums_at: sum of the int8 channels of each group; of int16, of its two parts
 //   outliers   HalfIn [padded_outliers] at outliers_at
 //   scale      float at scale_at
 struct Records {

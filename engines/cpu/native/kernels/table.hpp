@@ -21,8 +21,8 @@ using AttendKernel = void (*)(const AttendArgs&, std::int64_t begin, std::int64_
 struct KernelTable {
   Kernel<EmbedArgs> embed_half, embed_int8;
   Kernel<NormArgs> norm_rms, norm_layer;
-  Kernel<PrepareArgs> prepare_half, prepare_float, prepare_int8;
-  Kernel<LinearArgs> linear_half, linear_int8, linear_int8_float, linear_int4, linear_int4_float;
+  Kernel<PrepareArgs> prepare_half, prepare_float, prepare_int8, prepare_int16;
+  Kernel<LinearArgs> linear_half, linear_int8, linear_int8x16, linear_int4, linear_int4_float;
   Kernel<StoreKvArgs> store_kv_fp16, store_kv_int8;
   AttendKernel attend_fp16, attend_int8;
   Kernel<ActivateArgs> silu, gelu, gelu_tanh;
