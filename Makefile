@@ -5,7 +5,7 @@ DEMO := .demo
 BUNDLE := $(DEMO)/smollm2-135m
 LISTEN ?= 127.0.0.1:50051
 
-.PHONY: demo test check unit wheel test-slow soak bench serve proto format clean setup-demo setup-dev
+.PHONY: demo test check unit wheel sanitize test-slow soak bench serve proto format clean setup-demo setup-dev
 
 demo: setup-demo
 	@$(BIN)/python -m edgellm.orchestrator.demo --checkpoint "$(SMOLLM2)" --bundle $(BUNDLE)
@@ -31,6 +31,11 @@ unit: setup-dev
 
 wheel: setup-dev
 	@.ci/test-wheel
+
+sanitize: setup-dev
+	$(BIN)/cmake -S . -B build/sanitize -DEDGELLM_CHECK=ON -DEDGELLM_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/engines/cpu/native/kernel_check
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --durations 20
