@@ -10,7 +10,6 @@ import grpc.aio
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 
 from edgellm.engines.base import Batch, Engine
 from edgellm.engines.bundle import SCHEMA_VERSION, Bundle, ModelInfo, Plan, file_sha256
@@ -41,10 +40,6 @@ from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.loading import NodeEngines
 from edgellm.runtime.rpc import cluster_pb2, cluster_pb2_grpc, inference_pb2
 from edgellm.runtime.server import NodeServer
-
-# How long an example takes says nothing on a machine that other work shares.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB, MAX_SEQ_LEN = 3, 4, 2, 8, 96, 384
 HIDDEN_SIZE, INNER = HEADS * HEAD_DIM, 48

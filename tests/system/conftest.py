@@ -14,21 +14,23 @@ from edgellm.runtime.rpc import inference_pb2
 from edgellm.runtime.rpc.inference_pb2_grpc import InferenceStub
 
 
-def build(checkpoint: Path, folder: Path) -> Path:
+def build(checkpoint: Path, folder: Path, *options: str) -> Path:
     """What `edgellm-build` makes of a checkpoint, without measuring its quality."""
     bundle = folder / "bundle"
     command = [sys.executable, "-m", "edgellm.builder.cli", "--checkpoint", str(checkpoint), "--output", str(bundle)]
-    subprocess.run([*command, "--no-verify", "--cache-dir", str(folder / "cache")], check=True, timeout=280)
+    subprocess.run([*command, "--no-verify", *options], check=True, timeout=900)
     return bundle
 
 
 @pytest.fixture(scope="session")
 def stories_bundle(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(stories260k, tmp_path_factory.mktemp("stories"))
+    folder = tmp_path_factory.mktemp("stories")
+    return build(stories260k, folder, "--cache-dir", str(folder / "cache"))
 
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration takes minutes: finished steps are kept where edgellm-build keeps them, and shared with `make demo`."""
     return build(smollm2, tmp_path_factory.mktemp("smollm2"))
 
 

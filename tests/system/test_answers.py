@@ -110,6 +110,7 @@ def test_two_hundred_requests_of_which_many_leave_early(
         everything_is_free(stub)
 
 
+@pytest.mark.timeout(1200)
 def test_a_chat_model_knows_the_capital_of_france(
     chat_cluster: LocalCluster, ask: Callable, everything_is_free: Callable
 ) -> None:
