@@ -30,7 +30,7 @@ def stories_bundle(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibration takes minutes: finished steps are kept where edgellm-build keeps them, and shared with `make demo`."""
+    """Calibration takes minutes: its result stays where edgellm-build keeps it, and serves `make demo` too."""
     return build(smollm2, tmp_path_factory.mktemp("smollm2"))
 
 
