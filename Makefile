@@ -43,12 +43,15 @@ test-slow: setup-dev
 soak: setup-dev
 	$(BIN)/python -m pytest -q -m soak --timeout 900
 
-bench: setup-dev
+bench: setup-dev $(BUNDLE)
 	$(BIN)/python -m bench engine
-	$(BIN)/python -m bench system
+	$(BIN)/python -m bench system --bundle $(BUNDLE)
 
-serve: setup-demo
-	$(BIN)/edgellm-build --checkpoint "$(SMOLLM2)" --output $(BUNDLE)
+$(BUNDLE): | setup-demo
+	@mkdir -p $(DEMO)
+	$(BIN)/edgellm-build --checkpoint "$(SMOLLM2)" --output $@
+
+serve: $(BUNDLE)
 	$(BIN)/edgellm-serve --bundle $(BUNDLE) --listen $(LISTEN)
 
 proto: setup-dev

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from edgellm.orchestrator.local_cluster import ClusterStartError
+
 NAMES = ("engine", "kernels", "system")
 
 
@@ -20,7 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         module.add_arguments(subparser)
     options = parser.parse_args(arguments)
-    report = modules[options.name].run(options)
+    try:
+        report = modules[options.name].run(options)
+    except (ValueError, ClusterStartError) as error:
+        print(f"bench {options.name}: {error}", file=sys.stderr)
+        return 1
     if options.json:
         print(report.as_json())
     else:

@@ -117,7 +117,7 @@ def _native_runners(
     checkpoint: Checkpoint, tokens: np.ndarray[Any, Any], folder: Path, threads: int
 ) -> Iterator[Runner]:
     graph = build_graph(checkpoint.config)
-    int4 = quantized_graph(graph, QuantizeOptions(outliers=8))
+    int4 = quantized_graph(graph, QuantizeOptions())
     for name, compiled, weights in (
         ("half", graph, checkpoint.weights),
         ("int4", int4, rounded(int4, checkpoint.weights)),

@@ -78,8 +78,12 @@ void ThreadPool::claim_all(int thread) {
 }
 
 void ThreadPool::work(int thread) {
-  while (!stopping_.load(std::memory_order_acquire)) {
+  for (;;) {
+    // In this order: the destructor raises the generation last, so one of the two is seen.
     const std::uint32_t seen = generation_.load(std::memory_order_acquire);
+    if (stopping_.load(std::memory_order_acquire)) {
+      return;
+    }
     claim_all(thread);
     wait_for_job(seen);
   }
