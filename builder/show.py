@@ -19,15 +19,17 @@ _MIB = 1 << 20
 
 
 class ProgressBars:
-    """One bar per step on standard error, while in use."""
+    """One bar per step on standard error, while in use; a line per step where that is no terminal."""
 
     def __init__(self) -> None:
+        self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
 
@@ -44,6 +46,8 @@ class ProgressBars:
         """Move the bar of `step`."""
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step)
+            if not self._console.is_terminal:
+                self._console.print(f"{step} ...")
         self._progress.update(self._tasks[step], completed=done, total=total)
 
 
