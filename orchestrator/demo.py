@@ -12,19 +12,19 @@ from rich.console import Console
 from edgellm.orchestrator import cli
 from edgellm.orchestrator.local_cluster import ClusterStartError, serve
 
-PASSAGE = """Summarise this in two sentences. A language model answers in two phases. First it reads the prompt: all of its
-tokens go through the network at once, so every weight that is loaded from memory is used for hundreds of
-tokens, and the processor's arithmetic is what limits the speed. Then it writes the answer, one token after
-the other: every weight is loaded again for every single token, so the speed of the memory is the limit, and
-most of the arithmetic units wait. A device that is good at the one is not always good at the other, and a
-device that does both lets long prompts get in the way of running answers, which then stutter. It helps to
-give each phase its own devices. The reader keeps its weights in half precision, because it has arithmetic to
-spare and its results are what everything later builds on. The writer keeps them in four bits, because then
-only a quarter of the bytes have to be loaded for a token. What the reader hands over is the cache of keys and
-values of every layer: a few kilobytes for each token of the prompt. If it were sent only after the whole
-prompt has been read, the first words of the answer would have to wait for the network. So it is sent in
-pieces, each while the next piece of the prompt is still being computed, and most of the time on the wire is
-hidden behind work that has to be done anyway."""
+PASSAGE = """Summarise this in two sentences.
+A language model answers in two phases. First it reads the prompt: all of its tokens go through the network at once,
+so every weight that is loaded from memory is used for hundreds of tokens, and the processor's arithmetic is what
+limits the speed. Then it writes the answer, one token after the other: every weight is loaded again for every
+single token, so the speed of the memory is the limit, and most of the arithmetic units wait. A device that is good
+at the one is not always good at the other, and a device that does both lets long prompts get in the way of running
+answers, which then stutter. It helps to give each phase its own devices. The reader keeps its weights in half
+precision, because it has arithmetic to spare and its results are what everything later builds on. The writer keeps
+them in four bits, because then only a quarter of the bytes have to be loaded for a token. What the reader hands
+over is the cache of keys and values of every layer: a few kilobytes for each token of the prompt. If it were sent
+only after the whole prompt has been read, the first words of the answer would have to wait for the network. So it
+is sent in pieces, each while the next piece of the prompt is still being computed, and most of the time on the wire
+is hidden behind work that has to be done anyway."""
 QUESTIONS = {"What is the capital of France?": "What is the capital of France?", "A passage to summarise": PASSAGE}
 
 
