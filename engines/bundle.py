@@ -132,7 +132,7 @@ def bundle_sha256(path: Path) -> str:
 
 def engine_spec(path: Path, name: str) -> EngineSpec:
     """The engine.json of engine `name` of the bundle at `path`. Raises BundleError."""
-    file = path / name / ENGINE_FILE
+    file = _locate(path, name) / ENGINE_FILE
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -203,8 +203,8 @@ def _decode(data: bytes, kind: type[_Decoded], file: Path) -> _Decoded:
 
 
 def _locate(folder: Path, name: str) -> Path:
-    """Where file `name` lies; names that lead out of `folder` are refused."""
+    """Where file or folder `name` lies; names that lead out of `folder` are refused."""
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name.startswith("/"):
-        raise BundleError(f"{folder} names the file {name!r}, which is outside of it; {_REMEDY}")
+        raise BundleError(f"{folder} cannot hold {name!r}, which is outside of it; {_REMEDY}")
     return folder.joinpath(*parts)

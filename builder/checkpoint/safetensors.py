@@ -77,15 +77,28 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / _INDEX
     if not index.is_file():
         raise CheckpointError(folder, *_no_weights(folder))
-    try:
-        weight_map = msgspec.json.decode(index.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(index, f"not a safetensors index ({error})", DOWNLOAD_AGAIN) from error
+    names = _shards(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(folder, f"shard {missing[0]} is missing", "download it into this folder")
     return tuple(folder / name for name in names)
+
+
+class _Index(msgspec.Struct):
+    """model.safetensors.index.json, as far as it matters here."""
+
+    weight_map: dict[str, str]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(index, f"not a safetensors index ({error})", DOWNLOAD_AGAIN) from error
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(index, f"names the shard {name!r}, which is outside of its folder", DOWNLOAD_AGAIN)
+    return names
 
 
 def _no_weights(folder: Path) -> tuple[str, str]:

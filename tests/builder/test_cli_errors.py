@@ -72,6 +72,18 @@ def test_more_tokens_than_the_model_has_positions(
     assert f"--max-seq-len {length}: this model takes 32 to 512 tokens" in message
 
 
+@pytest.mark.parametrize("shard", ["../stolen.safetensors", "/stolen.safetensors", "parts/../../stolen.safetensors"])
+def test_a_shard_outside_of_the_checkpoint(
+    shard: str, tmp_path: Path, options: list[str | Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refuse("--checkpoint", tmp_path / "model", *options, capsys=capsys)
+    assert f"names the shard {shard!r}, which is outside of its folder" in message
+
+
 def test_a_model_without_a_config(
     tmp_path: Path, options: list[str | Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

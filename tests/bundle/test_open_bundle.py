@@ -143,3 +143,14 @@ def test_files_outside_of_the_bundle_are_refused(bundle_path: Path, name: str) -
     edit(bundle_path / "bundle.json", lambda fields: fields["files"][0].update(name=name))
     with pytest.raises(BundleError, match="which is outside of it"):
         open_bundle(bundle_path)
+
+
+def test_engines_outside_of_the_bundle_are_refused(bundle_path: Path) -> None:
+    """Though there is an engine, with the very name."""
+    outside = bundle_path.parent / ENGINE
+    shutil.copytree(bundle_path / ENGINE, outside)
+    for name in (f"../{ENGINE}", str(outside)):
+        edit(outside / "engine.json", lambda fields, name=name: fields.update(name=name))
+        edit(bundle_path / "bundle.json", lambda fields, name=name: fields.update(engines=[name]))
+        with pytest.raises(BundleError, match="which is outside of it"):
+            open_bundle(bundle_path)
