@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ from edgellm.engines.bundle import BundleError, file_sha256, verify_files
 from edgellm.engines.spec import EngineFile
 
 _MANIFEST: Final = "step.json"
+_LIBRARIES: Final = ("torch", "nvidia-modelopt", "transformers", "numpy", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class StepResult:
 
 
 class StepCache:
-    """A folder of finished steps. Two builds may share it: a step appears whole or not at all."""
+    """A folder of finished steps. Builds may share it: a step appears whole or not at all, and the first one stays."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -53,21 +55,29 @@ class StepCache:
         files = _read_manifest(folder)
         reused = files is not None
         if files is None:
-            with new_folder(folder) as new:
+            with new_folder(folder, keep=_is_finished) as new:
                 make(new)
-                files = list_files(new)
-                (new / _MANIFEST).write_bytes(msgspec.json.encode(files))
+                (new / _MANIFEST).write_bytes(msgspec.json.encode(list_files(new)))
+            files = _manifest(folder)
         return StepResult(step=step, key=key, folder=folder, files=files, reused=reused)
 
 
 def _read_manifest(folder: Path) -> tuple[EngineFile, ...] | None:
     """The files of a finished step; None if it is not there or a file is damaged."""
     try:
-        files = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=tuple[EngineFile, ...])
+        files = _manifest(folder)
         verify_files(folder, files)
     except (OSError, msgspec.DecodeError, BundleError):
         return None
     return files
+
+
+def _manifest(folder: Path) -> tuple[EngineFile, ...]:
+    return msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=tuple[EngineFile, ...])
+
+
+def _is_finished(folder: Path) -> bool:
+    return _read_manifest(folder) is not None
 
 
 @cache
@@ -79,3 +89,8 @@ def code_sha256(*packages: str) -> str:
             sources = sorted(path for suffix in ("py", "so") for path in root.rglob(f"*.{suffix}"))
             hashes += [f"{package}/{path.relative_to(root)} {file_sha256(path)}" for path in sources]
     return text_sha256("\n".join(hashes))
+
+
+def library_versions() -> str:
+    """Of the libraries whose arithmetic or tokens end up in a step's files."""
+    return " ".join(f"{name}-{version(name)}" for name in _LIBRARIES)

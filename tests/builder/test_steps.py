@@ -51,6 +51,22 @@ def test_a_damaged_step_is_done_again(tmp_path: Path, damage: object, file: str)
     assert StepCache(tmp_path).run("step", INPUTS, counter.make).reused
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_of_two_builds_the_first_to_finish_a_step_wins(tmp_path: Path, damaged: bool) -> None:
+    if damaged:
+        damaged_step = StepCache(tmp_path).run("step", INPUTS, Counter().make)
+        (damaged_step.folder / "result").write_text("else")
+
+    def make_late(folder: Path) -> None:
+        StepCache(tmp_path).run("step", INPUTS, lambda other: (other / "result").write_text("first"))  # type: ignore[arg-type,return-value]
+        (folder / "late").write_text("late")
+
+    late = StepCache(tmp_path).run("step", INPUTS, make_late)
+    assert [file.name for file in late.files] == ["result"]
+    assert (late.folder / "result").read_text() == "first"
+    assert list((tmp_path / "step").iterdir()) == [late.folder]
+
+
 def test_a_step_asked_for_twice_counts_as_the_first_time(tmp_path: Path) -> None:
     counter, cache = Counter(), StepCache(tmp_path)
     results = [cache.run("step", INPUTS, counter.make) for _ in range(2)]

@@ -4,13 +4,15 @@ import resource
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from edgellm.builder.bundle_writer import CompiledEngine, write_bundle
 from edgellm.builder.errors import BuildError
-from edgellm.builder.files import new_folder
+from edgellm.builder.files import _exchange, new_folder
 from edgellm.engines.bundle import Bundle, bundle_sha256, open_bundle
 
 
@@ -52,6 +54,40 @@ def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
         (folder / "file").write_text("text")
         assert not target.exists()
     assert (target / "file").read_text() == "text"
+
+
+def test_a_replaced_folder_is_there_all_the_time(tmp_path: Path) -> None:
+    target, other = tmp_path / "target", tmp_path / "other"
+    target.mkdir()
+    other.mkdir()
+    if not _exchange(target, other):
+        pytest.skip("this file system cannot exchange two folders")
+    (target / "file").write_text("text")
+    stop, missing = threading.Event(), []
+
+    def watch() -> None:
+        while not stop.is_set():
+            if not target.exists():
+                missing.append(target)
+
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(watch)
+        for _ in range(100):
+            with new_folder(target) as folder:
+                (folder / "file").write_text("text")
+        stop.set()
+        watching.result()
+    assert not missing
+
+
+def test_a_folder_is_replaced_where_none_can_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C library without renameat2 stands for all that cannot."""
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    for text in ("old", "new"):
+        with new_folder(tmp_path / "target") as folder:
+            (folder / "file").write_text(text)
+    assert (tmp_path / "target" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(
