@@ -12,7 +12,7 @@ from edgellm.builder.context import BuildContext
 from edgellm.builder.errors import expected
 from edgellm.builder.files import text_sha256
 from edgellm.builder.models import build_graph
-from edgellm.builder.steps import StepResult, code_sha256
+from edgellm.builder.steps import StepResult, code_sha256, library_versions
 from edgellm.builder.text import TextSource, read_windows, text_windows
 from edgellm.calib.recipe import quantized_graph
 from edgellm.engines.graph import Graph
@@ -63,6 +63,7 @@ def decode_recipe(context: BuildContext, whole_half: Callable[[], CompiledEngine
         "text": text.key,
         "options": repr(context.options.quantize),
         "code": code_sha256("edgellm.calib"),
+        "libraries": library_versions(),
     }
     step = context.cache.run("quantize", inputs, lambda folder: _quantize(context, text, folder))
     return Recipe(
@@ -78,7 +79,7 @@ def calibration_source(context: BuildContext) -> TextSource:
     return TextSource(
         step="calibration-text",
         file=file,
-        skip=0,
+        skip_tokens=0,
         count=CALIBRATION_WINDOWS,
         tokens=min(WINDOW_TOKENS, context.max_seq_len if file is None else context.checkpoint.config.max_seq_len),
         seed=context.options.quantize.seed,

@@ -1,6 +1,7 @@
 """Token windows to calibrate and to measure on: from a file, or sampled from the model."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,11 +14,11 @@ from edgellm.builder.bundle_writer import CompiledEngine
 from edgellm.builder.context import BuildContext
 from edgellm.builder.errors import expected
 from edgellm.builder.files import text_sha256
-from edgellm.builder.steps import StepResult, code_sha256
+from edgellm.builder.steps import StepResult, code_sha256, library_versions
 from edgellm.engines.bundle import file_sha256
 from edgellm.engines.load import create_engine
 
-_CODE: Final = ("edgellm.builder.checkpoint", "edgellm.builder.models", "edgellm.calib")
+_CODE: Final = ("edgellm.builder.checkpoint", "edgellm.builder.models", "edgellm.calib", "edgellm.engines")
 _FILE: Final = "windows.npy"
 
 
@@ -28,8 +29,8 @@ class TextSource:
     step: str
     file: Path | None
     """None: sampled from the model."""
-    skip: int
-    """Windows of the file that something else uses."""
+    skip_tokens: int
+    """Of the file's beginning, which something else uses."""
     count: int
     tokens: int
     """Per window."""
@@ -54,8 +55,9 @@ def text_windows(context: BuildContext, source: TextSource, whole_half: Callable
     inputs = {
         "checkpoint": context.checkpoint.sha256,
         "text": _sampled(source, whole_half()) if source.file is None else file_sha256(source.file),
-        "windows": f"{source.skip}, {source.count} of {source.tokens}",
+        "windows": f"after {source.skip_tokens}, {source.count} of {source.tokens}",
         "code": code_sha256(*_CODE),
+        "libraries": library_versions(),
     }
     return context.cache.run(source.step, inputs, make)
 
@@ -75,7 +77,7 @@ def _read(context: BuildContext, source: TextSource, file: Path) -> npt.NDArray[
             file,
             lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
             context.checkpoint.generation.bos_token_id,
-            skip=source.skip,
+            skip_tokens=source.skip_tokens,
             count=source.count,
             tokens=source.tokens,
         )
@@ -86,17 +88,15 @@ def _sample(context: BuildContext, source: TextSource, half: CompiledEngine) -> 
     from edgellm.calib.sample import sample_windows
 
     blocks = source.count * context.contract.blocks_for(source.tokens)
-    engine = create_engine(half.folder, half.spec, contract=context.contract, kv_blocks=blocks)
-    windows = sample_windows(
-        engine,
-        bos_token_id=context.checkpoint.generation.bos_token_id,
-        count=source.count,
-        tokens=source.tokens,
-        seed=source.seed,
-        progress=lambda _step, done, total: context.progress(f"sampling {source.step}", done, total),
-    )
-    engine.close()
-    return windows
+    with closing(create_engine(half.folder, half.spec, contract=context.contract, kv_blocks=blocks)) as engine:
+        return sample_windows(
+            engine,
+            bos_token_id=context.checkpoint.generation.bos_token_id,
+            count=source.count,
+            tokens=source.tokens,
+            seed=source.seed,
+            progress=lambda _step, done, total: context.progress(f"sampling {source.step}", done, total),
+        )
 
 
 def _sampled(source: TextSource, half: CompiledEngine) -> str:

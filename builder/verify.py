@@ -1,5 +1,6 @@
 """Measure what a bundle's engines make of text that they were not calibrated on."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -10,8 +11,8 @@ import numpy.typing as npt
 from edgellm.builder.bundle_writer import CompiledEngine
 from edgellm.builder.context import BuildContext
 from edgellm.builder.files import text_sha256
-from edgellm.builder.recipes import CALIBRATION_WINDOWS, WINDOW_TOKENS
-from edgellm.builder.steps import StepResult, code_sha256
+from edgellm.builder.recipes import WINDOW_TOKENS, calibration_source
+from edgellm.builder.steps import StepResult, code_sha256, library_versions
 from edgellm.builder.text import TextSource, read_windows, text_windows
 from edgellm.engines.base import Engine
 from edgellm.engines.bundle import Quality, file_sha256
@@ -33,7 +34,8 @@ def measure(context: BuildContext, prefill: CompiledEngine, decode: CompiledEngi
         "prefill": text_sha256(repr(prefill.spec)),
         "decode": text_sha256(repr(decode.spec)),
         "text": f"{text.key} {source.description}",
-        "code": code_sha256("edgellm.calib", "edgellm.builder.checkpoint"),
+        "code": code_sha256("edgellm.calib", "edgellm.engines", "edgellm.builder.checkpoint"),
+        "libraries": library_versions(),
     }
     step = context.cache.run(
         "quality", inputs, lambda folder: _measure(context, prefill, decode, text, source.description, folder)
@@ -42,14 +44,14 @@ def measure(context: BuildContext, prefill: CompiledEngine, decode: CompiledEngi
 
 
 def evaluation_source(context: BuildContext) -> TextSource:
-    """Text that calibration does not see: another file, later windows of the same file, or another seed."""
-    options = context.options
+    """Text that calibration does not see: another file, what follows in the same file, or another seed."""
+    options, calibration = context.options, calibration_source(context)
     file = options.eval_data
-    shared = file and options.calib_data and file_sha256(file) == file_sha256(options.calib_data)
+    shared = file and calibration.file and file_sha256(file) == file_sha256(calibration.file)
     return TextSource(
         step="evaluation-text",
         file=file,
-        skip=CALIBRATION_WINDOWS if shared else 0,
+        skip_tokens=calibration.count * calibration.tokens if shared else 0,
         count=EVALUATION_WINDOWS,
         tokens=min(WINDOW_TOKENS, context.max_seq_len),
         seed=options.quantize.seed + 1,
@@ -67,17 +69,16 @@ def _measure(
     from edgellm.calib.quality import measure_quality
 
     windows = read_windows(text)
-    engines = [_load(context, engine, windows.shape[1]) for engine in (prefill, decode)]
-    quality = measure_quality(
-        reference=lambda tokens: _reference_logits(context, tokens),
-        prefill=engines[0],
-        decode=engines[1],
-        windows=windows,
-        text=description,
-        progress=context.progress,
-    )
-    for engine in engines:
-        engine.close()
+    tokens = windows.shape[1]
+    with closing(_load(context, prefill, tokens)) as half, closing(_load(context, decode, tokens)) as quantized:
+        quality = measure_quality(
+            reference=lambda tokens: _reference_logits(context, tokens),
+            prefill=half,
+            decode=quantized,
+            windows=windows,
+            text=description,
+            progress=context.progress,
+        )
     (folder / _FILE).write_bytes(msgspec.json.encode(quality))
 
 

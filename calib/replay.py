@@ -1,4 +1,4 @@
-"""One sequence of known tokens through an engine, on KV blocks that are given back afterwards."""
+"""Known tokens through an engine, on KV blocks that are given back afterwards."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ from edgellm.engines.weights import FloatArray
 
 
 @contextlib.contextmanager
-def kv_blocks(engine: Engine, tokens: int) -> Iterator[list[BlockId]]:
-    """Blocks for one sequence of `tokens` tokens, freed at the end."""
-    blocks = engine.kv.allocate(engine.kv.contract.blocks_for(tokens))
+def kv_blocks(engine: Engine, tokens: int, *, windows: int = 1) -> Iterator[list[BlockId]]:
+    """Blocks for sequences of `tokens` tokens, as many for each, freed at the end."""
+    blocks = engine.kv.allocate(windows * engine.kv.contract.blocks_for(tokens))
     try:
         yield blocks
     finally:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.calib.recipe import Progress
+from edgellm.calib.replay import kv_blocks
 from edgellm.engines.base import Batch, Engine
 from edgellm.engines.sampling import SamplingParams, sample
 
@@ -26,8 +27,21 @@ def sample_windows(
     starts = np.random.default_rng(seed).integers(engine.spec.vocab_size, size=count)
     text[:, 0] = starts if bos_token_id is None else bos_token_id
     params = [SamplingParams(temperature=1.0, seed=seed * _SEEDS_PER_TEXT + window) for window in range(count)]
-    blocks = engine.kv.allocate(count * engine.kv.contract.blocks_for(tokens))
-    tables = np.array(blocks, np.int32).reshape(count, -1)
+    with kv_blocks(engine, tokens, windows=count) as blocks:
+        _continue(engine, text, params, np.array(blocks, np.int32).reshape(count, -1), progress)
+    progress("sampling calibration text", tokens, tokens)
+    return text
+
+
+def _continue(
+    engine: Engine,
+    text: npt.NDArray[np.int64],
+    params: list[SamplingParams],
+    tables: npt.NDArray[np.int32],
+    progress: Progress,
+) -> None:
+    """Fill `text` [count, tokens] from its first column on."""
+    count, tokens = text.shape
     for position in range(1, tokens):
         if position % _REPORT_EVERY == 1:
             progress("sampling calibration text", position, tokens)
@@ -36,9 +50,6 @@ def sample_windows(
             raise ValueError(f"engine {engine.spec.name} is no last stage: it has no logits to sample from")
         histories = [np.empty(0, np.int32)] * count
         text[:, position] = sample(logits, params, histories, [position] * count)[0]
-    engine.kv.free(blocks)
-    progress("sampling calibration text", tokens, tokens)
-    return text
 
 
 def _step(tokens: npt.NDArray[np.int64], position: int, tables: npt.NDArray[np.int32]) -> Batch:

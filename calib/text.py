@@ -16,9 +16,9 @@ class CalibrationTextError(ValueError):
 
 
 def windows_from_file(
-    path: Path, encode: Encode, bos_token_id: int | None, *, skip: int = 0, count: int, tokens: int
+    path: Path, encode: Encode, bos_token_id: int | None, *, skip_tokens: int = 0, count: int, tokens: int
 ) -> torch.Tensor:
-    """int64 [count, tokens]: windows `skip` to `skip + count` of the file's texts, joined by BOS where there is one.
+    """int64 [count, tokens]: the file's texts, joined by BOS where there is one, after the first `skip_tokens` tokens.
 
     `.jsonl` has one object with a string `text` per line, `.txt` is one text. Windows that the file is too short for
     are left out, but at least one must remain. Raises CalibrationTextError.
@@ -27,14 +27,14 @@ def windows_from_file(
     for text in read_texts(path):
         ids += [bos_token_id] if bos_token_id is not None else []
         ids += encode(text)
-        if len(ids) >= (skip + count) * tokens:
+        if len(ids) >= skip_tokens + count * tokens:
             break
-    found = min(count, len(ids) // tokens - skip)
+    found = min(count, (len(ids) - skip_tokens) // tokens)
     if found < 1:
         raise CalibrationTextError(
-            f"{path} has {len(ids)} tokens, but at least {(skip + 1) * tokens} are needed; give more text"
+            f"{path} has {len(ids)} tokens, but at least {skip_tokens + tokens} are needed; give more text"
         )
-    return torch.tensor(ids[skip * tokens : (skip + found) * tokens]).view(found, tokens)
+    return torch.tensor(ids[skip_tokens : skip_tokens + found * tokens]).view(found, tokens)
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -66,7 +66,8 @@ def _read_utf8(path: Path) -> str:
 
 
 def _jsonl_texts(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    """Lines end at line feeds only: `splitlines` would also cut at U+2028 and others, which JSON strings may hold."""
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -1,8 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from edgellm.calib.sample import sample_windows
 from edgellm.calib.text import CalibrationTextError, read_texts, windows_from_file
 
 
@@ -18,10 +20,17 @@ def test_windows_run_over_the_texts_joined_by_bos(tmp_path: Path) -> None:
     assert windows.tolist() == [[1, *b"ab"], [1, *b"cd"], [*b"e", 1, *b"f"]]
 
 
-def test_a_txt_file_is_one_text_and_skipped_windows_are_left_out(tmp_path: Path) -> None:
+def test_a_txt_file_is_one_text_and_skipped_tokens_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("abcdefghij")
-    assert windows_from_file(path, by_letter, None, skip=1, count=2, tokens=3).tolist() == [[*b"def"], [*b"ghi"]]
+    assert windows_from_file(path, by_letter, None, skip_tokens=4, count=2, tokens=3).tolist() == [[*b"efg"], [*b"hij"]]
+
+
+def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    """A JSON string may hold the other line ends of Unicode as they are."""
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}\n', encoding="utf-8")
+    assert list(read_texts(path)) == ["a\u2028b\u0085c", "d"]
 
 
 def test_a_short_file_gives_fewer_windows(tmp_path: Path) -> None:
@@ -71,3 +80,12 @@ def test_sampled_text_is_what_the_model_finds_likely(stories) -> None:
     with torch.inference_mode():
         log_p = stories.torch_model(text).logits[:, :-1].log_softmax(-1)
     assert -log_p.gather(2, text[:, 1:, None]).mean() < 3 < torch.tensor(512.0).log()
+
+
+def test_blocks_are_freed_when_sampling_fails(stories) -> None:
+    pool = stories.pool(8)
+    engine = stories.engine(stories.graph, stories.weights, pool, max_sequences=2)
+    engine.spec = dataclasses.replace(engine.spec, vocab_size=2)
+    with pytest.raises(ValueError, match="outside of the vocabulary"):
+        sample_windows(engine, bos_token_id=5, count=2, tokens=40, seed=0, progress=lambda *_: None)
+    assert pool.free_blocks == 8
