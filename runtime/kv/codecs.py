@@ -61,8 +61,12 @@ _Arrays: TypeAlias = list[npt.NDArray[Any]]
 
 
 def _decompress(encoded: bytes, expected: int) -> bytes:
+    """The size that a frame declares is allocated before anything is read, so it is compared first."""
     try:
-        return zstandard.ZstdDecompressor().decompress(encoded, max_output_size=expected)
+        declared = zstandard.frame_content_size(encoded)
+        if declared != expected:
+            raise CodecError(f"zstd: the frame declares {declared} bytes, {expected} expected")
+        return zstandard.ZstdDecompressor().decompress(encoded)
     except zstandard.ZstdError as error:
         raise CodecError(f"zstd: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 import grpc.aio
 
 from edgellm.engines.kv import KvContract
-from edgellm.runtime.kv.servicer import session_name
+from edgellm.runtime.kv.sessions import session_name
 from edgellm.runtime.kv.types import KvTarget, NodeId
 from edgellm.runtime.rpc import kv_pb2, kv_pb2_grpc
 from edgellm.runtime.transports.base import Outgoing

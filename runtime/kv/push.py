@@ -125,7 +125,10 @@ class KvPush:
 
     async def _read_acks(self, call: _Call, link: KvLink) -> None:
         while isinstance(ack := await call.read(), kv_pb2.KvAck):
-            where, chunk = self._in_flight.pop(ack.sequence_number)
+            sent = self._in_flight.pop(ack.sequence_number, None)
+            if sent is None:
+                raise self._failure(f"the receiver acknowledged chunk {ack.sequence_number}, which is not in flight")
+            where, chunk = sent
             link.outgoing.release(chunk)
             self._credit_bytes += ack.credit_bytes
             if ack.status == kv_pb2.KV_ACK_STATUS_CORRUPT:

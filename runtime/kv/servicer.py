@@ -14,6 +14,7 @@ from edgellm.engines.kv import KvContract
 from edgellm.runtime.kv.chunks import KvRange
 from edgellm.runtime.kv.codecs import codec_names
 from edgellm.runtime.kv.inbox import Chunk, Corrupt, Installed, KvInbox, NoCapacity, Opened, Stale
+from edgellm.runtime.kv.sessions import Session, Sessions, SessionsFullError, session_name
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.rpc import kv_pb2, kv_pb2_grpc
 from edgellm.runtime.transports.base import Incoming, TransportError
@@ -39,12 +40,8 @@ class ExchangeConfig:
     """Credit of one stream: encoded bytes it may have in flight."""
     idle_timeout_s: float = 60.0
     """A stream on which nothing arrives for this long is given up."""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Session:
-    incoming: Incoming
-    streams: int = 0
+    max_sessions: int = 64
+    """Senders that may be connected: each may have its ring mapped here."""
 
 
 class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
@@ -64,7 +61,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         self._inbox = inbox
         self._config = config
         self._on_crash = on_crash
-        self._sessions: dict[str, _Session] = {}
+        self._sessions = Sessions(config.max_sessions)
 
     async def Handshake(  # noqa: N802  # named by the proto file
         self, request: kv_pb2.KvHello, context: grpc.aio.ServicerContext[kv_pb2.KvHello, kv_pb2.KvWelcome]
@@ -72,7 +69,11 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         if request.kv_contract_sha256 != self._contract.sha256:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._other_contract(request))
         incoming = _choose(request)
-        self._sessions[session_name(request.node_id, request.shm_name)] = _Session(incoming=incoming)
+        session = Session(node_id=request.node_id, incoming=incoming)
+        try:
+            self._sessions.open(session_name(request.node_id, request.shm_name), session)
+        except SessionsFullError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         _log.info("kv session opened sender=%s transport=%s", request.node_id, incoming.name)
         return kv_pb2.KvWelcome(
             node_id=self._node_id,
@@ -96,23 +97,16 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
             raise
 
     @asynccontextmanager
-    async def _joined_session(self, context: _PushContext) -> AsyncIterator[_Session]:
-        """The handshake this stream belongs to; forgotten when the last of its streams breaks."""
+    async def _joined_session(self, context: _PushContext) -> AsyncIterator[Session]:
+        """The handshake this stream belongs to."""
         name = str(dict(context.invocation_metadata() or ()).get(SENDER_METADATA, ""))
         session = self._sessions.get(name)
         if session is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no handshake with this node; shake hands first")
-        session.streams += 1
-        ended = False
-        try:
+        with self._sessions.stream(name, session):
             yield session
-            ended = True
-        finally:
-            session.streams -= 1
-            if not ended and session.streams == 0 and self._sessions.get(name) is session:
-                del self._sessions[name]
 
-    async def _receive(self, session: _Session, context: _PushContext) -> None:
+    async def _receive(self, session: Session, context: _PushContext) -> None:
         first = await self._read(context)
         if first is None or first.WhichOneof("message") != "open":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a Push stream starts with `open`")
@@ -161,11 +155,6 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
             f"node {hello.node_id} has KV contract {hello.kv_contract_sha256[:12]}, "
             f"node {self._node_id} has {self._contract.sha256[:12]}; start both from the same bundle"
         )
-
-
-def session_name(node_id: str, ring_name: str) -> str:
-    """Names one handshake, in the metadata of its Push streams."""
-    return f"{node_id}/{ring_name}"
 
 
 def range_from_proto(chunk: kv_pb2.KvChunk) -> KvRange:

@@ -67,12 +67,15 @@ class ShmIncoming:
 
 
 def _map(ring_name: str, size: int) -> mmap.mmap:
-    pid, descriptor, label = _parse(ring_name)
-    path = Path(f"/proc/{pid}/fd/{descriptor}")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise TransportError(f"shared memory of process {pid} cannot be opened: {error.strerror}") from error
+        return _map_ring(*_parse(ring_name), size)
+    except (OSError, ValueError) as error:
+        raise TransportError(f"shared memory {ring_name!r} cannot be mapped: {error}") from error
+
+
+def _map_ring(pid: int, descriptor: int, label: str, size: int) -> mmap.mmap:
+    """Whatever the name leads to: opening a pipe must not wait for its writer."""
+    fd = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if label not in str(Path(f"/proc/self/fd/{fd}").readlink()) or os.fstat(fd).st_size != size:
             raise TransportError(f"descriptor {descriptor} of process {pid} is not the ring {label}")

@@ -190,8 +190,10 @@ def test_one_full_target_fails_the_transfer_and_frees_the_other():
 class Scripted(kv_pb2_grpc.KvExchangeServicer):
     """A receiver that keeps acknowledgements back, claims damage, or falls silent."""
 
-    def __init__(self, *, credit: int = 4000, damage: int = 0, status: int | None = None, silent: bool = False) -> None:
+    def __init__(self, *, credit: int = 4000, damage: int = 0, status: int | None = None, silent: bool = False,
+                 renumber: int = 0) -> None:  # fmt: skip
         self.credit, self.damage, self.status, self.silent = credit, damage, status, silent
+        self.renumber = renumber
         self.most_in_flight = 0
         self.arrivals: list[tuple[int, int]] = []
 
@@ -220,7 +222,7 @@ class Scripted(kv_pb2_grpc.KvExchangeServicer):
                     await context.write(
                         kv_pb2.KvAck(
                             status=status,
-                            sequence_number=one.sequence_number,
+                            sequence_number=one.sequence_number + self.renumber,
                             credit_bytes=len(one.inline_payload),
                             complete=total == 0,
                         )
@@ -279,6 +281,7 @@ def test_a_chunk_that_is_always_damaged_fails_the_transfer():
         (Scripted(silent=True), "no progress"),
         (Scripted(status=kv_pb2.KV_ACK_STATUS_STALE), "released"),
         (Scripted(credit=100), "takes 100 at a time"),
+        (Scripted(renumber=1000), "which is not in flight"),
     ],
 )
 def test_receivers_that_do_not_go_on_fail_the_transfer(receiver, says):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +108,17 @@ def test_wrong_sizes_are_refused(codec):
     for damaged in (encoded[:-1], b"", encoded * 2 if "zstd" not in codec else b"\x00" + encoded):
         with pytest.raises(CodecError):
             decode(codec, contract, where, damaged)
+
+
+def test_the_size_a_zstd_frame_declares_is_checked_before_memory_is_taken():
+    """A frame header of 13 bytes: magic number, 8 bytes of size follow, one segment, the size; then an empty block."""
+    contract = KvContract(num_layers=1, kv_heads=1, head_dim=4)
+    where = KvRange(layers=range(1), heads=range(1), tokens=range(32))
+    huge = bytes.fromhex("28b52ffd e0") + (1 << 46).to_bytes(8, "little") + b"\x01\x00\x00"
+    undeclared = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 512)
+    for forged in (huge, undeclared):
+        with pytest.raises(CodecError, match="declares"):
+            decode("raw+zstd", contract, where, forged)
 
 
 def test_codecs_that_cannot_carry_a_contract_are_refused():
