@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def _config(options: argparse.Namespace) -> NodeConfig:
         metrics_port=options.metrics_port,
         kv_codec=options.kv_codec,
         allow_shm=not options.no_shm,
-        exit_with_parent=options.exit_with_parent,
+        parent_pid=os.getppid() if options.exit_with_parent else None,
     )
 
 

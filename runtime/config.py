@@ -49,4 +49,5 @@ class NodeConfig:
     local_chunk_rows: int = 128
     """Prompt tokens per step on a decode node: running answers wait for one such step."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
-    exit_with_parent: bool = False
+    parent_pid: int | None = None
+    """The node ends when this is no longer its parent process. None: it does not look."""

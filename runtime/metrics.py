@@ -44,14 +44,14 @@ class NodeMetrics:
             "edgellm_kv_received", "KV chunks by what became of them", ["state"], registry=self.registry
         )
 
-    def serve(self, port: int | None) -> None:
+    def serve(self, host: str, port: int | None) -> None:
         """Raises NodeError if the port cannot be had."""
         if port is None:
             return
         try:
-            self._http = start_http_server(port, registry=self.registry)
-        except OSError as error:
-            raise NodeError(f"cannot serve metrics on port {port}: {error.strerror}; choose another") from error
+            self._http = start_http_server(port, host.strip("[]"), self.registry)
+        except (OSError, OverflowError) as error:
+            raise NodeError(f"cannot serve metrics on {host} port {port}: {error}; choose another") from error
 
     def close(self) -> None:
         if self._http is not None:

@@ -45,6 +45,7 @@ class NodeServer:
         self._host_id = host_id()
         self._stop = asyncio.Event()
         self._crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._listen_host, _, _ = config.listen.rpartition(":")
         self._exchange_address = ""
         self.ledger = BlockLedger(engines.pool)
         self.metrics = NodeMetrics(config.node_id)
@@ -65,7 +66,7 @@ class NodeServer:
         """Serve until the orchestrator or `stop` says so. Raises NodeError; closes the engines in any case."""
         try:
             async with self._exchange():
-                self.metrics.serve(self._config.metrics_port)
+                self.metrics.serve(self._listen_host, self._config.metrics_port)
                 await race(
                     self._join.run(),
                     self._engine_loop.run(),
@@ -112,14 +113,13 @@ class NodeServer:
             on_crash=self._crashed,
         )
         kv_pb2_grpc.add_KvExchangeServicer_to_server(servicer, server)
-        host, _, _ = self._config.listen.rpartition(":")
         try:
             bound = server.add_insecure_port(self._config.listen)
         except RuntimeError as error:
             raise NodeError(
                 f"cannot listen on {self._config.listen}: in use? choose another port, or 0 for any"
             ) from error
-        self._exchange_address = f"{_reachable_host(host, self._config.join.orchestrator)}:{bound}"
+        self._exchange_address = f"{_reachable_host(self._listen_host, self._config.join.orchestrator)}:{bound}"
         await server.start()
         _log.info("listening node=%s exchange=%s", self._config.node_id, self._exchange_address)
         try:
@@ -149,10 +149,9 @@ class NodeServer:
         await self._engine_loop.between_steps()
 
     async def _tick(self) -> None:
-        parent = os.getppid()
         while True:
             self.node.expire(time.monotonic())
-            if self._config.exit_with_parent and os.getppid() != parent:
+            if self._config.parent_pid not in (None, os.getppid()):
                 raise NodeError("the process that started this node has ended")
             await asyncio.sleep(_TICK_S)
 

@@ -258,9 +258,8 @@ class Running:
     task: asyncio.Task[None]
 
 
-@asynccontextmanager
-async def node(
-    orchestrator: Orchestrator,
+def node_server(
+    orchestrator: str,
     node_id: str,
     phase: Phase,
     *,
@@ -268,8 +267,8 @@ async def node(
     contract: KvContract = CONTRACT,
     lease_s: float = 5,
     **options: object,
-) -> AsyncIterator[Running]:
-    """A node server on a tiny engine, joined; its blocks are all free again when it ends."""
+) -> NodeServer:
+    """On a tiny engine, not started."""
     pool = tiny_pool(blocks)
     engines = NodeEngines(
         bundle_sha256="tiny", contract=contract, half=tiny_engine("prefill", pool),
@@ -277,9 +276,16 @@ async def node(
     )  # fmt: skip
     config = NodeConfig(
         node_id=NodeId(node_id), bundle=Path("tiny"), engine=f"{phase}-tiny",
-        join=JoinConfig(orchestrator=orchestrator.address, join_timeout_s=5, lease_s=lease_s), **options,
+        join=JoinConfig(orchestrator=orchestrator, join_timeout_s=5, lease_s=lease_s), **options,
     )  # type: ignore[arg-type]  # fmt: skip
-    server = NodeServer(config, engines)
+    return NodeServer(config, engines)
+
+
+@asynccontextmanager
+async def node(orchestrator: Orchestrator, node_id: str, phase: Phase, **options: object) -> AsyncIterator[Running]:
+    """A node server, joined; its blocks are all free again when it ends."""
+    server = node_server(orchestrator.address, node_id, phase, **options)  # type: ignore[arg-type]
+    pool = server.ledger.pool
     task = asyncio.create_task(server.run())
     try:
         yield Running(server=server, joined=await orchestrator.node(node_id), task=task)

@@ -23,6 +23,7 @@ from tests.runtime.conftest import (
     eventually,
     generation,
     node,
+    node_server,
     one_by_one,
     orchestrating,
     prefill,
@@ -354,3 +355,12 @@ def test_shutdown_ends_the_node():
         await asyncio.wait_for(writer.task, 10)
 
     cluster(test)
+
+
+def test_a_node_whose_parent_ended_before_it_was_ready_ends():
+    async def run() -> None:
+        server = node_server("127.0.0.1:1", "n", "decode", parent_pid=2**22 + 1)
+        with pytest.raises(NodeError, match="has ended"):
+            await asyncio.wait_for(server.run(), 4)
+
+    asyncio.run(run())

@@ -123,13 +123,14 @@ def greedy_answer_in_chunks(engine, prompt, max_tokens) -> list[int]:
     return greedy_answer(InChunks(), prompt, max_tokens)
 
 
-def shared_memory_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir() if "edgellm" in path.name}
+def mapped_rings(pid: int) -> set[str]:
+    """Names of the shared memory of senders that a process has mapped."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split()[5] for line in lines if "edgellm-kv-" in line}
 
 
-def test_a_killed_sender_leaves_no_block_and_no_file(tiny_bundle):
+def test_a_killed_sender_leaves_no_block(tiny_bundle):
     async def run() -> None:
-        before = shared_memory_files()
         async with AsyncExitStack() as stack:
             orchestrator = await stack.enter_async_context(orchestrating())
             reading, reader = await stack.enter_async_context(
@@ -145,7 +146,25 @@ def test_a_killed_sender_leaves_no_block_and_no_file(tiny_bundle):
                 writer.send(release=cluster_pb2.Release(attempt=attempt(f"r{number}")))
                 await writer.wait_for("Released", f"r{number}")
             await eventually(lambda: writer.heartbeat.kv_blocks_free == 32)
-        assert shared_memory_files() == before
+
+    asyncio.run(run())
+
+
+def test_a_sender_killed_while_idle_and_started_again_leaves_no_mapping(tiny_bundle):
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            orchestrator = await stack.enter_async_context(orchestrating())
+            _, writer = await stack.enter_async_context(process(orchestrator, tiny_bundle, "writer", "decode-pp0of1"))
+            rings = []
+            for number in range(2):
+                async with process(orchestrator, tiny_bundle, "reader", "prefill-tp0of1") as (_, reader):
+                    wish = generation(30)
+                    reader.send(prefill=prefill(f"r{number}", random_prompt(50), wish, targets=[kv_target(writer)]))
+                    await reader.wait_for("KvSent", f"r{number}")
+                    rings.append(mapped_rings(writer.hello.pid))
+                del orchestrator.nodes["reader"]
+            assert [len(mapped) for mapped in rings] == [1, 1]
+            assert rings[0] != rings[1]
 
     asyncio.run(run())
 
@@ -162,6 +181,8 @@ def test_metrics_are_served(tiny_bundle):
             joined.send(prefill=prefill("r", [1, 2, 3], generation(1)))
             await joined.wait_for("PrefillDone", "r")
             await eventually(lambda: joined.heartbeat.steps == 1)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), timeout=5)
             url = f"http://127.0.0.1:{port}/metrics"
             page = (await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read())).decode()
             assert "edgellm_tokens_generated_total 1.0" in page
@@ -219,7 +240,8 @@ def test_ports_in_use_are_named(tiny_bundle):
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}" in refusal(start(tiny_bundle, "--listen", f"127.0.0.1:{port}"))
-        assert f"port {port}" in refusal(start(tiny_bundle, "--metrics-port", str(port)))
+        for number in (port, 65536):
+            assert f"port {number}" in refusal(start(tiny_bundle, "--metrics-port", str(number)))
 
 
 def test_wrong_bundles_and_engines_are_named(tiny_bundle, tmp_path):
