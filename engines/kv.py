@@ -1,7 +1,6 @@
 """The KV contract that all engines of a bundle share, and the paged pool of engines that live in host memory."""
 
 import hashlib
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NewType, Protocol
@@ -9,6 +8,8 @@ from typing import Literal, NewType, Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from edgellm.engines.memory import private_memory
 
 BlockId = NewType("BlockId", int)
 BLOCK_TOKENS = 32
@@ -95,9 +96,7 @@ class HostKvPool:
         self.layers = layers
         self.num_blocks = num_blocks
         shape = (len(layers), num_blocks, contract.block_bytes)
-        memory = mmap.mmap(-1, max(1, shape[0] * shape[1] * shape[2]))
-        count = shape[0] * shape[1] * shape[2]
-        self.data: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8, count).reshape(shape)
+        self.data = private_memory(shape[0] * shape[1] * shape[2]).reshape(shape)
         """uint8 [layers, num_blocks, block_bytes]; native engines compute on this memory in place."""
         self._free = [BlockId(block) for block in reversed(range(num_blocks))]
         self._is_free = [True] * num_blocks

@@ -14,7 +14,7 @@ from edgellm.runtime.lanes import DecodeLane, Lane, PrefillLane
 from edgellm.runtime.node import Node
 
 _NEWEST_WEIGHT: Final = 0.1
-"""Of the newest step in moving averages."""
+"""Of the newest step in moving averages; what went before fades."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -22,14 +22,21 @@ class Progress:
     """Counted since the start; averages are 0 until measured."""
 
     steps: int = 0
-    prefill_tokens_per_s: float = 0.0
     decode_step_ms: float = 0.0
+    _rows: float = 0.0
+    _seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Rows over seconds, so that the few rows at a prompt's end weigh only as long as they took."""
+        return self._rows / self._seconds if self._seconds else 0.0
 
     def observe(self, lane: Lane, step: Step, seconds: float) -> None:
         self.steps += 1
         match lane:
             case PrefillLane():
-                self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, step.rows / max(seconds, 1e-9))
+                self._rows = _average(self._rows, step.rows)
+                self._seconds = _average(self._seconds, seconds)
             case DecodeLane():
                 self.decode_step_ms = _average(self.decode_step_ms, 1e3 * seconds)
 

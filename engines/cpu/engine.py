@@ -17,6 +17,7 @@ from edgellm.engines.cpu.compiler import PLAN_FILE, WEIGHTS_FILE
 from edgellm.engines.cpu.plan import BACKEND_VERSION, Plan, segments
 from edgellm.engines.cpu.replay import Replay
 from edgellm.engines.kv import HostKvPool
+from edgellm.engines.memory import private_memory
 from edgellm.engines.spec import EngineLimits, EngineSpec
 
 __all__ = ["BACKEND_VERSION", "CpuEngine"]
@@ -160,9 +161,8 @@ def _map_weights(path: Path, expected_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 def _allocate_arena(plan: Plan, limits: EngineLimits) -> npt.NDArray[np.uint8]:
-    """Page-aligned; pages are taken from the system when first touched."""
     row_bytes = max(buffer.row_offset + buffer.row_bytes for buffer in plan.buffers)
-    return np.frombuffer(mmap.mmap(-1, row_bytes * limits.max_rows), np.uint8)
+    return private_memory(row_bytes * limits.max_rows)
 
 
 def _with_exact_types(batch: Batch) -> Batch:
