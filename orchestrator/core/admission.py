@@ -29,12 +29,13 @@ def impossibility(config: CoreConfig, nodes: NodeRegistry, spec: RequestSpec) ->
 def lateness(nodes: NodeRegistry, waiting: Sequence[Request], spec: RequestSpec, now_s: float) -> str | None:
     """Why the deadline would pass before the prompt is even read, by measured speeds; None if it would not.
 
-    To refuse now is kinder than to fail later (Mooncake, FAST'25), and leaves the devices to those who can be served.
+    Only prompts with an earlier deadline count as ahead of it: a policy may let all others wait. To refuse now is
+    kinder than to fail later (Mooncake, FAST'25), and leaves the devices to those who can be served.
     """
     speed = sum(node.load.prefill_tokens_per_s for node in nodes.ready())
     if spec.deadline_s is None or speed == 0:
         return None
-    ahead_tokens = sum(len(request.spec.prompt) for request in waiting)
+    ahead_tokens = sum(len(other.spec.prompt) for other in waiting if _is_earlier(other.spec, spec.deadline_s))
     reading_s = (ahead_tokens + len(spec.prompt)) / speed
     left_s = spec.deadline_s - now_s
     if reading_s <= left_s:
@@ -43,6 +44,10 @@ def lateness(nodes: NodeRegistry, waiting: Sequence[Request], spec: RequestSpec,
         f"{ahead_tokens} prompt tokens wait ahead of {len(spec.prompt)}, which takes {1000 * reading_s:.0f} ms at "
         f"{speed:.0f} tokens/s, and the deadline is in {1000 * left_s:.0f} ms: try again later, or allow more time"
     )
+
+
+def _is_earlier(spec: RequestSpec, deadline_s: float) -> bool:
+    return spec.deadline_s is not None and spec.deadline_s < deadline_s
 
 
 def retry_after_ms(nodes: NodeRegistry, waiting: Sequence[Request]) -> int:

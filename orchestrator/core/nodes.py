@@ -171,11 +171,11 @@ class NodeRegistry:
 
     def _name_conflict(self, profile: NodeProfile) -> str | None:
         named = self._by_id.get(profile.node_id)
-        if named is None or named.state != "ready" or named.profile.pid == profile.pid:
+        if named is None or named.state != "ready" or _process(named.profile) == _process(profile):
             return None
         return (
-            f"node id {profile.node_id} is in use by process {named.profile.pid}: choose another --node-id, or stop "
-            "that process"
+            f"node id {profile.node_id} is in use by process {named.profile.pid} at "
+            f"{named.profile.exchange_address}: choose another --node-id, or stop that process"
         )
 
     def prefill_finished(self, connection: ConnectionId, attempt: AttemptId) -> None:
@@ -217,3 +217,8 @@ class NodeRegistry:
                 node.state = state
                 changed.append(node)
         return changed
+
+
+def _process(profile: NodeProfile) -> tuple[str, int]:
+    """Process ids are told apart by their host: in containers every node is process 1."""
+    return profile.host_id, profile.pid

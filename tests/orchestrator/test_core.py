@@ -1,13 +1,17 @@
 """Single decisions of the core, told as stories."""
 
+from dataclasses import replace
+
 import pytest
 
 from edgellm.orchestrator.core.commands import (
+    AcceptRequest,
     DropNode,
     EmitToken,
     FinishRequest,
     NoteNode,
     NoteRequest,
+    RefuseNode,
     RejectRequest,
     ReleaseAttempt,
     StartDecode,
@@ -203,6 +207,27 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_spent():
     assert rejection.kind == "overloaded"
     assert "takes 500 ms at 1000 tokens/s, and the deadline is in 100 ms" in rejection.message
     assert the(StartPrefill, story.submit("c", prompt_tokens=50, deadline_s=0.1))
+
+
+def test_only_prompts_with_an_earlier_deadline_are_ahead():
+    story = Story(P0, D0, kv_blocks=1024, half_engine=False, max_waiting=10)
+    story.submit("reading", prompt_tokens=4096)
+    story.happens(HeartbeatReceived(connection=P0, load=NodeLoad(prefill_tokens_per_s=1000.0)))
+    story.submit("patient", prompt_tokens=1900)
+    story.submit("later", prompt_tokens=1900, deadline_s=9.0)
+    assert the(AcceptRequest, story.submit("urgent", prompt_tokens=500, deadline_s=1.0))
+    assert {request.spec.request_id for request in story.core.state.waiting()} == {"patient", "later", "urgent"}
+    rejection = the(RejectRequest, story.submit("late", prompt_tokens=1000, deadline_s=1.1))
+    assert "500 prompt tokens wait ahead of 1000, which takes 1500 ms" in rejection.message
+
+
+def test_a_node_id_is_in_use_by_one_process_of_one_host():
+    story = Story(P0)
+    profile = story.core.state.nodes.get(P0).profile
+    again = replace(profile, host_id="other container")
+    refused = the(RefuseNode, story.happens(NodeJoined(connection=P1, profile=again)))
+    assert "node id prefill0 is in use" in refused.reason
+    assert not story.core.state.nodes.get(P1)
 
 
 def test_a_failing_node_is_avoided_and_attempts_are_bounded():
