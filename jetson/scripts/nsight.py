@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 Tool: TypeAlias = Literal["nsys", "ncu"]
-REPORTS: Final = ("nvtx_sum", "cuda_gpu_kern_sum")
-"""Time by our NVTX ranges (`prefill/chunk`, `kv/send`, `decode/step` and so on), and by kernel."""
+REPORT: Final = "cuda_gpu_kern_sum"
+"""Time by kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def profile_command(profiling: Profiling) -> tuple[str, ...]:
 
 def stats_command(output: Path) -> tuple[str, ...]:
     """Summarise an nsys report."""
-    return ("nsys", "stats", "--report", ",".join(REPORTS), f"{output}.nsys-rep")
+    return ("nsys", "stats", "--report", REPORT, f"{output}.nsys-rep")
 
 
 def tegrastats_command(profiling: Profiling) -> tuple[str, ...]:
@@ -49,9 +49,8 @@ def _nsys(profiling: Profiling) -> tuple[str, ...]:
     return (
         "nsys",
         "profile",
-        "--trace=cuda,nvtx,osrt",
+        "--trace=cuda,osrt",
         "--cuda-graph-trace=node",
-        "--capture-range=cudaProfilerApi",
         "--force-overwrite=true",
         *metrics,
         f"--output={profiling.output}",
@@ -66,7 +65,6 @@ def _ncu(profiling: Profiling) -> tuple[str, ...]:
         "-E",
         "ncu",
         "--target-processes=all",
-        "--nvtx",
         "--set=full",
         f"--kernel-name={profiling.kernels}",
         f"--launch-count={profiling.launches}",
