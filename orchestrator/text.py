@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 REPLACEMENT = "�"
 """What decoders put for bytes that are no character (yet)."""
+MAX_CHARACTER_BYTES = 4
+MAX_HELD_TOKENS = 2 * MAX_CHARACTER_BYTES
 
 
 class Detokenizer:
@@ -11,7 +13,7 @@ class Detokenizer:
 
     A decoder may treat the first token of a call differently (drop its leading space), so new tokens are decoded
     behind a few old ones and the old text is cut off. Text that ends in a replacement character may still change and
-    waits.
+    waits, but not for longer than a character can take: bytes that are none cost no more than others.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -27,19 +29,31 @@ class Detokenizer:
     def feed(self, token_id: int) -> str:
         self._tokens.append(token_id)
         text = self._decode(self._tokens[self._context :])
-        if text.endswith(REPLACEMENT) or not text.startswith(self._context_text):
-            return ""
-        return self._advance(text)
+        if not text.endswith(REPLACEMENT) and text.startswith(self._context_text):
+            return self._advance(text, len(self._tokens))
+        return self._settle(text) if len(self._tokens) - self._emitted > MAX_HELD_TOKENS else ""
 
     def flush(self) -> str:
         """The rest, with replacement characters where a character was never completed."""
-        return self._advance(self._decode(self._tokens[self._context :]))
+        return self._advance(self._decode(self._tokens[self._context :]), len(self._tokens))
 
-    def _advance(self, text: str) -> str:
+    def _settle(self, text: str) -> str:
+        """What no further token can change: a cut in front of the last four tokens that is not inside of a character.
+
+        A decoder may also decide on all bytes in a row at once; then there is no such cut, and all of it is broken.
+        """
+        for end in range(len(self._tokens) - MAX_CHARACTER_BYTES, self._emitted, -1):
+            settled = self._decode(self._tokens[self._context : end])
+            if settled.startswith(self._context_text) and text.startswith(settled):
+                return self._advance(settled, end)
+        return self._advance(text, len(self._tokens))
+
+    def _advance(self, text: str, end: int) -> str:
+        """`text`: of tokens [context : end]."""
         piece = text[len(self._context_text) :]
         if piece:
             self._context = self._emitted
-            self._emitted = len(self._tokens)
+            self._emitted = end
             self._context_text = self._decode(self._tokens[self._context : self._emitted])
         return piece
 

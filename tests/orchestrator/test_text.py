@@ -1,5 +1,7 @@
 """Detokenising and stop strings: any cut of the tokens equals the whole."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,11 +28,43 @@ def byte_tokenizer() -> Tokenizer:
 BYTES = byte_tokenizer()
 
 
+def byte_ids() -> list[int]:
+    """Token of each byte. Byte-level vocabularies spell printable bytes as themselves, others from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return [BYTES.token_to_id(chr(byte if byte in printable else next(others))) for byte in range(256)]
+
+
+BYTE_IDS = byte_ids()
+
+
 @given(st.lists(st.integers(0, BYTES.get_vocab_size() - 1), max_size=60))
 def test_any_bytes_stream_to_what_they_decode_to(tokens):
     detokenizer = Detokenizer(BYTES.decode)
     streamed = "".join(detokenizer.feed(token) for token in tokens) + detokenizer.flush()
     assert streamed == BYTES.decode(tokens)
+
+
+@given(st.lists(st.sampled_from([*"\ufffdé😀a"]) | st.binary(max_size=6), max_size=30))
+def test_broken_bytes_between_characters_stream_likewise(parts):
+    data = b"".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    tokens = [BYTE_IDS[byte] for byte in data]
+    detokenizer = Detokenizer(BYTES.decode)
+    streamed = "".join(detokenizer.feed(token) for token in tokens) + detokenizer.flush()
+    assert streamed == data.decode(errors="replace")
+
+
+def test_bytes_that_are_no_text_cost_no_more_than_others():
+    decoded: list[int] = []
+
+    def decode(tokens: Sequence[int]) -> str:
+        decoded.append(len(tokens))
+        return BYTES.decode(tokens)
+
+    detokenizer = Detokenizer(decode)
+    pieces = [detokenizer.feed(BYTE_IDS[0xFF]) for _ in range(500)]
+    assert "".join(pieces) + detokenizer.flush() == "\ufffd" * 500
+    assert max(decoded) < 20
 
 
 @given(st.text(max_size=40))
