@@ -42,6 +42,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     device_class: str
     role: Literal["prefill", "decode"]
+    num_layers: int
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

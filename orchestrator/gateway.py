@@ -1,5 +1,6 @@
 """The client side of the orchestrator: edgellm.v1.Inference."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -71,8 +72,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
     async def _read(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> RequestSpec:
+        """In a thread: a template and a tokenizer may take long over a long prompt, and nobody else may wait for it."""
         try:
-            return self._reader.read(request, self._driver.clock())
+            return await asyncio.to_thread(self._reader.read, request, self._driver.clock())
         except InvalidRequestError as error:
             unknown = error.kind == "unknown_model"
             code = grpc.StatusCode.NOT_FOUND if unknown else grpc.StatusCode.INVALID_ARGUMENT

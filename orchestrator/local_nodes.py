@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sys
 from asyncio.subprocess import Process
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgellm.orchestrator.bundle import Plan
+from edgellm.orchestrator.bundle import BundleError, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,12 @@ FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 10.0
 STEADY_S = 30.0
 """A node that ran for so long starts again without delay."""
+MAX_FAILED_STARTS = 3
+"""Of a node that never joined."""
+
+
+class NodeStartError(RuntimeError):
+    """A node of this machine does not come up; what it said is in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +35,17 @@ class LocalNode:
     engine: str
 
 
-def planned_nodes(plan: Plan) -> list[LocalNode]:
-    """One node per placement. Several placements on one device are told apart by their engine."""
+def planned_nodes(plan: Plan, num_layers: int) -> list[LocalNode]:
+    """One node per placement. Several placements on one device are told apart by their engine.
+
+    Raises BundleError for a plan in stages: each node would refuse to start.
+    """
+    stages = [placement for placement in plan.placements if placement.num_layers < num_layers]
+    if stages:
+        raise BundleError(
+            f"the plan cuts the model into {len(stages)} stages, and nodes do not serve stages yet: build the bundle "
+            "again for a cluster with one decode device"
+        )
     devices = [placement.device for placement in plan.placements]
     return [
         LocalNode(
@@ -47,14 +64,21 @@ class NodeLauncher:
     bundle: Path
     options: tuple[str, ...] = ()
     """Passed on to every node."""
+    has_joined: Callable[[str], bool]
+    """Whether a node has ever been part of the cluster."""
 
     async def keep_running(self, node: LocalNode) -> None:
-        """Start the node, and again after it ended, with growing pauses. When cancelled, stop it."""
+        """Start the node, and again after it ended, with growing pauses. When cancelled, stop it.
+
+        Raises NodeStartError for a node that ends again and again before it has ever joined: it never will.
+        """
         loop = asyncio.get_running_loop()
         backoff_s = FIRST_BACKOFF_S
-        while True:
+        for starts in itertools.count(1):
             started_s = loop.time()
             code = await self._run_once(node)
+            if starts >= MAX_FAILED_STARTS and not self.has_joined(node.node_id):
+                raise NodeStartError(f"node {node.node_id} ended {starts} times before it joined (exit status {code})")
             backoff_s = FIRST_BACKOFF_S if loop.time() - started_s > STEADY_S else min(2 * backoff_s, LONGEST_BACKOFF_S)
             logger.warning("node=%s exited code=%d restart_in_s=%.1f", node.node_id, code, backoff_s)
             await asyncio.sleep(backoff_s)

@@ -16,7 +16,8 @@ from prometheus_client import start_http_server
 
 from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import BundleError, ServedBundle, open_bundle
-from edgellm.orchestrator.local_nodes import LocalNode, NodeLauncher, planned_nodes
+from edgellm.orchestrator.core.values import NodeId
+from edgellm.orchestrator.local_nodes import LocalNode, NodeLauncher, NodeStartError, planned_nodes
 from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.server import ListenError, Orchestrator, can_serve, core_config, run_orchestrator
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         asyncio.run(_serve(config))
-    except (BundleError, ListenError, ReadyFileError) as error:
+    except (BundleError, ListenError, NodeStartError, ReadyFileError) as error:
         print(f"edgellm-serve: {error}", file=sys.stderr)
         return 1
     return 0
@@ -77,10 +78,10 @@ def _parse(argv: Sequence[str] | None) -> ServeConfig:
 
 async def _serve(config: ServeConfig) -> None:
     bundle = open_bundle(config.bundle)
+    nodes = planned_nodes(bundle.index.plan, bundle.index.model.num_layers) if config.local_nodes else []
     stop = _stop_on_signals()
     async with run_orchestrator(bundle, core_config(bundle), POLICIES[config.policy](), config.listen) as running:
         _start_metrics(config, running)
-        nodes = planned_nodes(bundle.index.plan) if config.local_nodes else []
         async with beside(*_node_tasks(config, running, nodes), _announce(config, bundle, running, nodes)):
             await stop.wait()
 
@@ -108,7 +109,13 @@ def _node_tasks(
     options: tuple[str, ...] = ("--log-level", "info" if config.verbose else "warning")
     if config.threads is not None:
         options += ("--threads", str(config.threads))
-    launcher = NodeLauncher(orchestrator=running.address, bundle=config.bundle, options=options)
+    known = running.driver.core.state.nodes
+    launcher = NodeLauncher(
+        orchestrator=running.address,
+        bundle=config.bundle,
+        options=options,
+        has_joined=lambda node_id: known.named(NodeId(node_id)) is not None,
+    )
     return [launcher.keep_running(node) for node in nodes]
 
 

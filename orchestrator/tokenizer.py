@@ -27,12 +27,14 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelTokenizer:
-    """Stateless after loading."""
+    """Stateless after loading; any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None, defaults: GenerationDefaults) -> None:
         self._tokenizer = tokenizer
         self._template = _environment().from_string(chat_template) if chat_template is not None else None
         self.defaults = defaults
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=0)
+        """In the vocabulary's own spelling, which has at least as many characters as the text that it stands for."""
         added = tokenizer.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 

@@ -10,6 +10,7 @@ from edgellm.orchestrator.tokenizer import ModelTokenizer, PromptError
 from edgellm.runtime.rpc import inference_pb2
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 
 
@@ -67,6 +68,7 @@ class RequestReader:
     def _tokens(self, request: inference_pb2.GenerateRequest) -> tuple[int, ...]:
         match request.WhichOneof("prompt"):
             case "text":
+                self._check_length(len(request.text))
                 return tuple(self.tokenizer.encode_text(request.text)) if request.text else ()
             case "chat":
                 return self._chat_tokens(request.chat)
@@ -79,7 +81,17 @@ class RequestReader:
         messages = [(message.role, message.content) for message in chat.messages]
         if not any(content for _, content in messages):
             return ()
+        self._check_length(sum(len(content) for _, content in messages))
         return tuple(self.tokenizer.encode_chat(messages))
+
+    def _check_length(self, characters: int) -> None:
+        """Before the work of tokenising what cannot fit: no text has fewer tokens than these."""
+        longest = self.model.max_seq_len * self.tokenizer.longest_token
+        if characters > longest:
+            raise InvalidRequestError(
+                f"the prompt has {characters} characters, and {longest} are the most that a context of "
+                f"{self.model.max_seq_len} tokens can hold: shorten it"
+            )
 
     def _check_ids(self, what: str, ids: tuple[int, ...]) -> None:
         outside = [token_id for token_id in ids if token_id >= self.model.vocab_size]
@@ -158,6 +170,9 @@ def _check_stops(request: inference_pb2.GenerateRequest) -> None:
         )
     if "" in request.stop:
         raise InvalidRequestError("a stop string is empty: leave it out")
+    longest = max(map(len, request.stop), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise InvalidRequestError(f"a stop string has {longest} characters: at most {MAX_STOP_LENGTH} are allowed")
 
 
 def _checked_id(request_id: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,15 +172,47 @@ def test_planned_nodes_are_named_after_their_devices():
     placements = [("nx", "prefill-0"), ("nano", "decode-0"), ("nano", "decode-1")]
     plan = Plan(
         placements=tuple(
-            Placement(engine=engine, device=device, device_class="cpu-local", role="decode")
+            Placement(engine=engine, device=device, device_class="cpu-local", role="decode", num_layers=4)
             for device, engine in placements
         )
     )
-    assert [(node.node_id, node.engine) for node in planned_nodes(plan)] == [
+    assert [(node.node_id, node.engine) for node in planned_nodes(plan, 4)] == [
         ("nx", "prefill-0"),
         ("nano.decode-0", "decode-0"),
         ("nano.decode-1", "decode-1"),
     ]
+
+
+def planned_bundle(bundle, folder, *num_layers: int):
+    """A bundle whose plan has one decode engine for each count of layers, none of which is there."""
+    shutil.copytree(bundle.folder, folder)
+    placements = [
+        {
+            "engine": f"decode-{i}",
+            "device": f"d{i}",
+            "device_class": "cpu-local",
+            "role": "decode",
+            "num_layers": layers,
+        }
+        for i, layers in enumerate(num_layers)
+    ]
+    index = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps(index | {"plan": {"placements": placements}}))
+    return folder
+
+
+def test_a_plan_in_stages_is_served_by_no_local_nodes(bundle, tmp_path, capsys):
+    staged = planned_bundle(bundle, tmp_path / "staged", 2, 2)
+    assert serve.main(["--bundle", str(staged), "--listen", "127.0.0.1:0"]) == 1
+    error = capsys.readouterr().err
+    assert "2 stages, and nodes do not serve stages yet: build the bundle again for a cluster with one" in error
+    assert error.count("\n") == 1
+
+
+def test_nodes_that_never_come_up_end_the_server(bundle, tmp_path, capsys):
+    broken = planned_bundle(bundle, tmp_path / "broken", 4)
+    assert serve.main(["--bundle", str(broken), "--listen", "127.0.0.1:0"]) == 1
+    assert "node d0 ended 3 times before it joined (exit status 1)" in capsys.readouterr().err
 
 
 def test_sim_runs_a_trace(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+import threading
 
 import grpc
 import grpc.aio
@@ -15,6 +16,7 @@ from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.server import INFERENCE, ListenError, core_config, run_orchestrator
 from edgellm.orchestrator.sim.device import DeviceModel
 from edgellm.orchestrator.sim.toy import expected_answer
+from edgellm.orchestrator.tokenizer import ModelTokenizer
 from edgellm.runtime.rpc import inference_pb2
 from edgellm.runtime.rpc.inference_pb2 import (
     CancelRequest,
@@ -188,6 +190,28 @@ def test_a_deadline_ends_the_request(live_cluster, make_node):
     _, finished = run(scenario())
     assert finished.reason == inference_pb2.FINISH_REASON_DEADLINE
     assert "the deadline passed" in finished.message
+
+
+def test_nobody_waits_for_the_tokens_of_a_long_prompt(live_cluster, monkeypatch):
+    """Its tokenising ends only after another request was answered."""
+    encode, answered = ModelTokenizer.encode_text, threading.Event()
+
+    def encode_late(tokenizer: ModelTokenizer, text: str) -> list[int]:
+        assert answered.wait(10), "the other request waits"
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(ModelTokenizer, "encode_text", encode_late)
+
+    async def scenario():
+        async with live_cluster() as cluster:
+            long = asyncio.create_task(collect(cluster.stub.Generate(GenerateRequest(text="long", max_tokens=3))))
+            other = await collect(cluster.stub.Generate(request(6)))
+            answered.set()
+            return await long, other
+
+    (_, finished), (tokens, _) = run(scenario())
+    assert tokens == expected(request(6))
+    assert finished.prompt_tokens == 4
 
 
 def test_refusals_carry_their_codes(live_cluster, make_node):
