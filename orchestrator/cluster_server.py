@@ -10,7 +10,8 @@ from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.events import NodeJoined, NodeLost
 from edgellm.orchestrator.core.values import ConnectionId, NodeProfile
 from edgellm.orchestrator.driver import Driver, NodeOutbox
-from edgellm.orchestrator.wire import WireError, command_to_proto, events_from_proto, profile_from_proto
+from edgellm.orchestrator.wire_in import WireError, events_from_proto, profile_from_proto
+from edgellm.orchestrator.wire_out import command_to_proto
 from edgellm.runtime.rpc import cluster_pb2, cluster_pb2_grpc
 
 HELLO_TIMEOUT_S = 10.0

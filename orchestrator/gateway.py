@@ -15,7 +15,7 @@ from edgellm.orchestrator.core.values import RequestId, RequestSpec, SampledToke
 from edgellm.orchestrator.driver import ClientInbox, Driver
 from edgellm.orchestrator.text import AnswerText
 from edgellm.orchestrator.validation import InvalidRequestError, RequestReader
-from edgellm.orchestrator.wire import finished_to_proto
+from edgellm.orchestrator.wire_out import finished_to_proto
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]

@@ -1,4 +1,4 @@
-"""The node's half of the wire, for simulated nodes on real streams; the mirror image of `orchestrator.wire`."""
+"""The node's half of the wire, for simulated nodes on real streams; the mirror image of `wire_in` and `wire_out`."""
 
 from typing import assert_never
 
@@ -23,7 +23,8 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
     Sampling,
 )
-from edgellm.orchestrator.wire import attempt_from_proto, attempt_to_proto
+from edgellm.orchestrator.wire_in import attempt_from_proto
+from edgellm.orchestrator.wire_out import attempt_to_proto
 from edgellm.runtime.rpc import cluster_pb2, inference_pb2
 
 _FAILURE: dict[FailureKind, cluster_pb2.FailureKind.ValueType] = {
