@@ -96,10 +96,10 @@ class Receiver:
             ledger=self.ledger, admit=lambda _: True, on_complete=self.complete.append, on_lost=self.ledger.drop
         )
 
-    def servicer(self) -> KvExchangeServicer:
+    def servicer(self, max_sessions: int = 8) -> KvExchangeServicer:
         return KvExchangeServicer(
             node_id=NodeId("d"), contract=CONTRACT, inbox=self.inbox, on_crash=self.crashed.append,
-            config=ExchangeConfig(chunk_bytes=1500, window_bytes=4000),
+            config=ExchangeConfig(chunk_bytes=1500, window_bytes=4000, max_sessions=max_sessions),
         )  # fmt: skip
 
     def holds(self, source: HostKvPool, one: Attempt, blocks=(4, 2, 7, 0, 9)) -> bool:
@@ -306,6 +306,26 @@ def test_waiting_for_the_prompt_is_not_a_stalled_transfer():
         assert receiver.holds(sender.pool, attempt())
 
     exchange(test, receiver.servicer())
+
+
+def test_one_sender_too_many_is_refused():
+    async def test(sender, address):
+        sender.start(attempt("first"), address)
+        sender.kv.advance(attempt("first"), 64)
+        another = Sender(allow_shm=True)
+        async with asyncio.timeout(5):
+            while not receiver.inbox.is_arriving(attempt("first")):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        another.start(attempt("second"), address)
+        await another.outcome.wait(attempt("second"))
+        assert "1 senders are sending" in str(another.outcome.failed[attempt("second")])
+        await another.kv.close()
+        sender.kv.advance(attempt("first"), PROMPT)
+        await sender.outcome.wait(attempt("first"))
+        assert receiver.complete == [attempt("first")]
+
+    receiver = Receiver()
+    exchange(test, receiver.servicer(max_sessions=1), allow_shm=True)
 
 
 def test_a_push_without_a_handshake_is_refused():
