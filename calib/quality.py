@@ -1,6 +1,6 @@
 """What quantisation costs: perplexity and KL of the engines, on text that was not calibrated on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,13 +41,9 @@ def measure_quality(
     """
     _check(windows, prefill, decode)
     losses = {name: _Losses() for name in ("reference", "half", "int4", "hybrid")}
-    first = windows.shape[1] // 2
     for done, window in enumerate(windows):
         progress("measuring quality", done, len(windows))
-        expected = reference(window)[first:-1]
-        measured = {"reference": expected, **_engine_logits(prefill, decode, window[:-1], first)}
-        for name, logits in measured.items():
-            losses[name].add(logits, expected, window[first + 1 :])
+        _measure_window(reference, prefill, decode, window, losses)
     progress("measuring quality", len(windows), len(windows))
     return Quality(
         text=text,
@@ -56,6 +52,16 @@ def measure_quality(
         perplexity={name: loss.perplexity for name, loss in losses.items()},
         kl_to_reference={name: loss.mean_kl for name, loss in losses.items()},
     )
+
+
+def _measure_window(
+    reference: Reference, prefill: Engine, decode: Engine, window: Tokens, losses: Mapping[str, "_Losses"]
+) -> None:
+    first = len(window) // 2
+    expected = reference(window)[first:-1]
+    measured = {"reference": expected, **_engine_logits(prefill, decode, window[:-1], first)}
+    for name, logits in measured.items():
+        losses[name].add(logits, expected, window[first + 1 :])
 
 
 def _engine_logits(prefill: Engine, decode: Engine, tokens: Tokens, first: int) -> dict[str, FloatArray]:

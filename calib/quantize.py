@@ -1,4 +1,10 @@
-"""From the half-precision graph and its weights to the decode graph and its quantised weights."""
+"""From the half-precision graph and its weights to the decode graph and its quantised weights.
+
+1. AWQ (modelopt) searches an input scale for every linear; linears with the same input take their geometric mean.
+2. The model runs over the windows once, in float32; before each group of linears, the second moments of its input
+   are summed.
+3. Each group gets outlier channels, group scales and error-compensated rounding (`int4`).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Final, TypeAlias
@@ -36,11 +42,6 @@ def quantize(
 
     graph: the whole model, all half. model: the Hugging Face model that `weights` came from, float32; left as it is.
     windows: int64 [count, tokens] calibration text. `kept_at_int8` says of the result which linears could not be int4.
-
-    1. AWQ (modelopt) searches an input scale for every linear; linears with the same input take their geometric mean.
-    2. The model runs over the windows once, in float32; before each group of linears, the second moments of its input
-       are summed.
-    3. Each group gets outlier channels, group scales and error-compensated rounding (`int4`).
 
     Raises CalibrationError.
     """
