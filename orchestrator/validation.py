@@ -85,7 +85,7 @@ class RequestReader:
         return tuple(self.tokenizer.encode_chat(messages))
 
     def _check_length(self, characters: int) -> None:
-        """Before the work of tokenising what cannot fit: no text has fewer tokens than these."""
+        """Before the work of tokenising what cannot fit, unless the tokenizer leaves most of it out."""
         longest = self.model.max_seq_len * self.tokenizer.longest_token
         if characters > longest:
             raise InvalidRequestError(
