@@ -58,10 +58,11 @@ def _measure_window(
     reference: Reference, prefill: Engine, decode: Engine, window: Tokens, losses: Mapping[str, "_Losses"]
 ) -> None:
     first = len(window) // 2
-    expected = reference(window)[first:-1]
-    measured = {"reference": expected, **_engine_logits(prefill, decode, window[:-1], first)}
-    for name, logits in measured.items():
-        losses[name].add(logits, expected, window[first + 1 :])
+    targets = window[first + 1 :]
+    log_p = log_softmax(reference(window)[first:-1])
+    losses["reference"].add(log_p, log_p, targets)
+    for name, logits in _engine_logits(prefill, decode, window[:-1], first).items():
+        losses[name].add(log_softmax(logits), log_p, targets)
 
 
 def _engine_logits(prefill: Engine, decode: Engine, tokens: Tokens, first: int) -> dict[str, FloatArray]:
@@ -84,9 +85,8 @@ class _Losses:
     cross_entropy: float = 0.0
     kl: float = 0.0
 
-    def add(self, logits: FloatArray, expected: FloatArray, targets: Tokens) -> None:
-        """logits and the reference's `expected` [n, vocab_size], targets [n]."""
-        log_p, log_q = log_softmax(expected), log_softmax(logits)
+    def add(self, log_q: npt.NDArray[np.float64], log_p: npt.NDArray[np.float64], targets: Tokens) -> None:
+        """Log-probabilities [n, vocab_size], `log_p` those of the reference; targets [n]."""
         self.tokens += len(targets)
         self.cross_entropy -= float(np.take_along_axis(log_q, targets[:, None], axis=1).sum())
         self.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
