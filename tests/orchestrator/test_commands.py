@@ -86,8 +86,9 @@ def test_chat_keeps_the_conversation(address, capsys, monkeypatch):
 
 
 def test_ctrl_c_cancels_without_a_traceback(address):
-    command = [sys.executable, "-m", "edgellm.orchestrator.cli", "generate", "--server", address, "--raw"]
-    command += ["--prompt", "hello", "--ignore-eos", "--max-tokens", "2000"]
+    # Whoever runs the tests in the background may ignore the signal, and children inherit that.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "edgellm.orchestrator.cli"]
+    command += ["generate", "--server", address, "--raw", "--prompt", "hello", "--ignore-eos", "--max-tokens", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
