@@ -18,7 +18,7 @@ from edgellm.builder.errors import BuildError
 from edgellm.builder.options import BuildOptions, DecodePrecision, KvDtype
 from edgellm.builder.partition import PartitionError
 from edgellm.calib.recipe import GROUP_SIZES, QuantizeOptions
-from edgellm.engines.bundle import BundleError, engine_spec, open_bundle
+from edgellm.engines.bundle import BundleError, engine_spec, open_bundle, verify_files
 
 _EXPECTED_ERRORS: Final = (BuildError, BundleError, CheckpointError, ClusterError, PartitionError, PlanError)
 _KV_DTYPES: Final[Mapping[str, KvDtype]] = {"half": "fp16", "int8": "int8"}
@@ -57,6 +57,8 @@ def _build(parsed: tuple[BuildOptions, bool]) -> None:
 def _inspect(parsed: argparse.Namespace) -> None:
     bundle = open_bundle(parsed.bundle)
     engines = [engine_spec(parsed.bundle, name) for name in bundle.engines]
+    for spec in engines:
+        verify_files(parsed.bundle / spec.name, spec.files)
     if parsed.json:
         print(show.bundle_json(parsed.bundle, bundle, engines))
     else:

@@ -67,7 +67,7 @@ def plan_table(plan: Plan) -> Table:
         "Placement",
         ("device", "class", "role", "layers", "precision"),
         ("MiB", "KV tokens"),
-        f"predicted, idle: TTFT {plan.predicted_ttft_ms:.1f} ms for a 512-token prompt, "
+        f"predicted from the device profiles, idle: TTFT {plan.predicted_ttft_ms:.1f} ms for a 512-token prompt, "
         f"TPOT {plan.predicted_tpot_ms:.2f} ms at batch 1",
     )
     roles = [(placement.role, placement) for placement in plan.placements]

@@ -1,6 +1,7 @@
 """The edgellm command: generate, chat, status."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except ClientError as error:
         print(f"edgellm: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read the answer has gone; the interpreter's last flush must not fail over it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

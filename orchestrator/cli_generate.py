@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from edgellm.orchestrator.arguments import integer_from
 from edgellm.orchestrator.client import ClientError, connect, events
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
 
@@ -27,16 +28,17 @@ class Answer(msgspec.Struct, kw_only=True):
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-tokens", type=int, default=256, help="0: up to the end of the context (%(default)s)")
+    count = integer_from(0, 2**32 - 1)
+    command.add_argument("--max-tokens", type=count, default=256, help="0: up to the end of the context (%(default)s)")
     command.add_argument("--temperature", type=float, help="0: greedy, the default")
-    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-k", type=count)
     command.add_argument("--top-p", type=float)
     command.add_argument("--min-p", type=float)
     command.add_argument("--repetition-penalty", type=float)
-    command.add_argument("--seed", type=int)
+    command.add_argument("--seed", type=integer_from(0, 2**64 - 1))
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     command.add_argument("--ignore-eos", action="store_true")
-    command.add_argument("--deadline-ms", type=int, default=0)
+    command.add_argument("--deadline-ms", type=count, default=0)
     command.add_argument("--allow-degraded-prefill", action="store_true")
     command.add_argument("--model", default="")
     command.add_argument("--stats", action="store_true", help="print times and how the KV travelled")

@@ -3,6 +3,7 @@
 import argparse
 import time
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -38,7 +39,9 @@ def _fetch(stub: inference_pb2_grpc.InferenceStub) -> inference_pb2.GetClusterRe
 
 
 def _render(cluster: inference_pb2.GetClusterResponse) -> RenderableType:
-    table = Table(*_COLUMNS)
+    table = Table(*_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in table.columns:
+        column.overflow = "fold"
     for node in sorted(cluster.nodes, key=lambda node: (node.role != "prefill", node.node_id)):
         table.add_row(*_cells(node))
     summary = (

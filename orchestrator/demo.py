@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(console: Console, checkpoint: str, bundle: Path) -> None:
     """Raises CalledProcessError; edgellm-build has then said why."""
-    console.rule("edgellm-build: one checkpoint, a half-precision prefill engine and an INT4-AWQ decode engine")
+    console.rule("edgellm-build: half-precision prefill, INT4-AWQ decode")
     bundle.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "edgellm.builder.cli", "--checkpoint", checkpoint, "--output", str(bundle)]
     subprocess.run(command, check=True)
@@ -54,7 +54,7 @@ def build(console: Console, checkpoint: str, bundle: Path) -> None:
 
 def ask_questions(console: Console, bundle: Path) -> int:
     """Serve the bundle from processes of their own and stream the answers; the exit status of the last that failed."""
-    console.rule("edgellm-serve: an orchestrator, a prefill node and a decode node")
+    console.rule("edgellm-serve: orchestrator, prefill node, decode node")
     with serve(bundle) as cluster:
         status = cli.main(["status", "--server", cluster.address])
         for title, question in QUESTIONS.items():

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from prometheus_client import start_http_server
 
+from edgellm.orchestrator.arguments import integer_from
 from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import BundleError, ServedBundle, open_bundle
 from edgellm.orchestrator.core.values import NodeId
@@ -66,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> ServeConfig:
         action="store_false",
         help="start no nodes here: wait for edgellm-node processes to join",
     )
-    parser.add_argument("--threads", type=int, help="threads of each local node")
+    parser.add_argument("--threads", type=integer_from(1), help="threads of each local node")
     parser.add_argument("--policy", choices=sorted(POLICIES), default=ServeConfig.policy)
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port")
     parser.add_argument(

@@ -10,6 +10,7 @@ import msgspec
 from rich.progress import track
 
 from edgellm.jetson.profiles import PROFILES
+from edgellm.orchestrator.arguments import integer_from, positive
 from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.sim.cluster import TraceError
 from edgellm.orchestrator.sim.fuzz import draw_scenario, run_scenario, shrink, tell
@@ -32,9 +33,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="percentiles of TTFT and TPOT, and throughput, of a workload")
     run.add_argument("--trace", type=Path, help="JSON lines of {arrival_s, prompt_tokens, max_tokens}")
-    run.add_argument("--rate", type=float, default=RunConfig.rate, help="requests per second (%(default)s)")
+    run.add_argument("--rate", type=positive, default=RunConfig.rate, help="requests per second (%(default)s)")
     for name in ("count", "prompt_tokens", "max_tokens", "prefill_nodes", "decode_nodes", "kv_blocks", "seed"):
-        run.add_argument(_option(name), type=int, default=getattr(RunConfig, name), help="(%(default)s)")
+        smallest = 0 if name == "seed" else 1
+        run.add_argument(
+            _option(name), type=integer_from(smallest), default=getattr(RunConfig, name), help="(%(default)s)"
+        )
     for name in ("prefill_class", "decode_class"):
         run.add_argument(
             _option(name), choices=sorted(PROFILES), default=getattr(RunConfig, name), help="(%(default)s)"
@@ -43,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
 
     fuzz = commands.add_parser("fuzz", help="random faults; a seed that breaks an invariant tells its story")
-    fuzz.add_argument("--seeds", type=int, default=200, help="how many (%(default)s)")
-    fuzz.add_argument("--first-seed", type=int, default=0, help="(%(default)s)")
+    fuzz.add_argument("--seeds", type=integer_from(1), default=200, help="how many (%(default)s)")
+    fuzz.add_argument("--first-seed", type=integer_from(0), default=0, help="(%(default)s)")
     fuzz.set_defaults(run=_fuzz)
     return parser
 

@@ -232,3 +232,12 @@ def test_inspect_checks_a_bundle(spare_bundle: Path, capsys: pytest.CaptureFixtu
     (spare_bundle / "tokenizer" / "tokenizer.json").write_text("{}")
     assert main(["inspect", str(spare_bundle)]) == 1
     assert "tokenizer.json has 2 bytes" in capsys.readouterr().err
+
+
+def test_inspect_finds_a_flipped_bit_in_the_weights(spare_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = spare_bundle / "decode-pp0of1" / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert main(["inspect", str(spare_bundle)]) == 1
+    assert "weights.bin is damaged" in capsys.readouterr().err

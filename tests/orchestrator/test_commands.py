@@ -114,7 +114,6 @@ def test_status_shows_every_node(address, capsys):
     [
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "x", "--top-p", "nan"], "top_p is nan"),
-        (["--prompt", "x", "--max-tokens", "-3"], "out of range"),
         (["--prompt", "", "--raw"], "the prompt is empty"),
         (["--prompt", "a\udcffb"], "not valid UTF-8 at character 1"),
         (["--prompt", "x", "--model", "other"], "'other' is not served here"),
@@ -235,3 +234,40 @@ def test_sim_says_which_line_of_a_trace_is_wrong(tmp_path, capsys):
 def test_sim_fuzz_says_what_it_did(capsys):
     assert sim_cli.main(["fuzz", "--seeds", "2", "--first-seed", "7"]) == 0
     assert "2 seeds from 7: every invariant held" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--prompt", "x", "--max-tokens", "-1"], "--max-tokens: -1 is outside of 0 to"),
+        (["generate", "--prompt", "x", "--seed", "-1"], "--seed: -1 is outside of 0 to"),
+        (["generate", "--prompt", "x", "--top-k", "many"], "--top-k: 'many' is not a whole number"),
+    ],
+)
+def test_numbers_without_sense_are_refused_by_name(command, message, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(command)
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["run", "--rate", "0"], ["run", "--rate", "nan"], ["run", "--count", "0"], ["fuzz", "--seeds", "-1"]]
+)
+def test_a_simulation_of_nothing_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        sim_cli.main(command)
+    assert exit_status.value.code == 2
+    assert command[1] in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(address):
+    command = [sys.executable, "-m", "edgellm.orchestrator.cli", "generate", "--server", address, "--raw"]
+    command += ["--prompt", "hello", "--ignore-eos", "--max-tokens", "200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=20) == 1
+        assert process.stderr.read() == b""
