@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-DEPLOY = Path(__file__).parents[2] / "jetson" / "deploy"
+from edgellm.jetson import profiles
+
+DEPLOY = Path(profiles.__file__).parent / "deploy"
 MODULES = {"edgellm-node": "edgellm.runtime.cli", "edgellm-serve": "edgellm.orchestrator.serve"}
 ENVIRONMENT = {"${EDGELLM_ORCHESTRATOR}": "127.0.0.1:1", "${EDGELLM_BUNDLE}": "no-bundle", "%i": "e", "%H": "board"}
 
