@@ -38,7 +38,7 @@ sanitize: setup-dev
 	build/sanitize/engines/cpu/native/kernel_check
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -q -m "slow and not gpu" --durations 20
+	$(BIN)/python -m pytest -q -m "slow and not gpu" --hypothesis-profile=search --durations 20
 
 soak: setup-dev
 	$(BIN)/python -m pytest -q -m soak --timeout 900

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says nothing on a machine that other work shares.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# How long an example takes says nothing on a machine that other work shares. A commit passes or fails for everyone
+# alike, so the examples are fixed; `pytest --hypothesis-profile=search` looks for new ones (`make test-slow` does).
+settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", settings.get_profile("fixed"), derandomize=False, max_examples=500)
+settings.load_profile("fixed")
 
 SHARED = Path(os.environ.get("EDGELLM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
