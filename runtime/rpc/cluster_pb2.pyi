@@ -60,6 +60,9 @@ class NodeMessage(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     REQUEST_FAILED_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    PIPELINE_BROKEN_FIELD_NUMBER: _builtins.int
+    KV_COPIED_FIELD_NUMBER: _builtins.int
+    COPY_LOST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -74,6 +77,12 @@ class NodeMessage(_message.Message):
     def request_failed(self) -> Global___RequestFailed: ...
     @_builtins.property
     def released(self) -> Global___Released: ...
+    @_builtins.property
+    def pipeline_broken(self) -> Global___PipelineBroken: ...
+    @_builtins.property
+    def kv_copied(self) -> Global___KvCopied: ...
+    @_builtins.property
+    def copy_lost(self) -> Global___CopyLost: ...
     def __init__(
         self,
         *,
@@ -84,12 +93,15 @@ class NodeMessage(_message.Message):
         tokens: Global___Tokens | None = ...,
         request_failed: Global___RequestFailed | None = ...,
         released: Global___Released | None = ...,
+        pipeline_broken: Global___PipelineBroken | None = ...,
+        kv_copied: Global___KvCopied | None = ...,
+        copy_lost: Global___CopyLost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kv_sent", b"kv_sent", "message", b"message", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_lost", b"copy_lost", "heartbeat", b"heartbeat", "hello", b"hello", "kv_copied", b"kv_copied", "kv_sent", b"kv_sent", "message", b"message", "pipeline_broken", b"pipeline_broken", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kv_sent", b"kv_sent", "message", b"message", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_lost", b"copy_lost", "heartbeat", b"heartbeat", "hello", b"hello", "kv_copied", b"kv_copied", "kv_sent", b"kv_sent", "message", b"message", "pipeline_broken", b"pipeline_broken", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "prefill_done", "kv_sent", "tokens", "request_failed", "released"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "prefill_done", "kv_sent", "tokens", "request_failed", "released", "pipeline_broken", "kv_copied", "copy_lost"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -104,6 +116,8 @@ class Command(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    PROTECT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -114,6 +128,10 @@ class Command(_message.Message):
     def release(self) -> Global___Release: ...
     @_builtins.property
     def shutdown(self) -> Global___Shutdown: ...
+    @_builtins.property
+    def hold(self) -> Global___Hold: ...
+    @_builtins.property
+    def protect(self) -> Global___Protect: ...
     def __init__(
         self,
         *,
@@ -122,12 +140,14 @@ class Command(_message.Message):
         decode: Global___Decode | None = ...,
         release: Global___Release | None = ...,
         shutdown: Global___Shutdown | None = ...,
+        hold: Global___Hold | None = ...,
+        protect: Global___Protect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "decode", b"decode", "prefill", b"prefill", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "decode", b"decode", "hold", b"hold", "prefill", b"prefill", "protect", b"protect", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "decode", b"decode", "prefill", b"prefill", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "decode", b"decode", "hold", b"hold", "prefill", b"prefill", "protect", b"protect", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "prefill", "decode", "release", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "prefill", "decode", "release", "shutdown", "hold", "protect"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -149,6 +169,8 @@ class Hello(_message.Message):
     EXCHANGE_ADDRESS_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    SPARE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     pid: _builtins.int
     """Process id, so that two processes with one name are told apart."""
@@ -164,9 +186,15 @@ class Hello(_message.Message):
     host_id: _builtins.str
     """Same value on every node of one host: decides whether shared memory can be used."""
     kv_bytes_per_token: _builtins.int
-    """KV bytes of one token over all layers of this node."""
+    """KV bytes of one token over all layers of the model."""
+    spare: _builtins.bool
+    """A decode node that takes no requests of its own: it holds copies, and takes over."""
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineInfo]: ...
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldKv]:
+        """What this process still holds of requests that an orchestrator gave it before; empty at its first hello."""
+
     def __init__(
         self,
         *,
@@ -182,14 +210,47 @@ class Hello(_message.Message):
         exchange_address: _builtins.str = ...,
         host_id: _builtins.str = ...,
         kv_bytes_per_token: _builtins.int = ...,
+        spare: _builtins.bool = ...,
+        held: _abc.Iterable[Global___HeldKv] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bundle_sha256", b"bundle_sha256", "device_class", b"device_class", "engines", b"engines", "exchange_address", b"exchange_address", "host_id", b"host_id", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_contract_sha256", b"kv_contract_sha256", "node_id", b"node_id", "pid", b"pid", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bundle_sha256", b"bundle_sha256", "device_class", b"device_class", "engines", b"engines", "exchange_address", b"exchange_address", "held", b"held", "host_id", b"host_id", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_contract_sha256", b"kv_contract_sha256", "node_id", b"node_id", "pid", b"pid", "role", b"role", "spare", b"spare"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class HeldKv(_message.Message):
+    """KV on a node: the first `tokens` positions of a range of layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    first_layer: _builtins.int
+    num_layers: _builtins.int
+    tokens: _builtins.int
+    @_builtins.property
+    def attempt(self) -> Global___Attempt: ...
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_layer", b"first_layer", "num_layers", b"num_layers", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldKv: _TypeAlias = HeldKv  # noqa: Y015
 
 @_typing.final
 class EngineInfo(_message.Message):
@@ -205,6 +266,7 @@ class EngineInfo(_message.Message):
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
+    PLANNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     phase: _builtins.str
     """`prefill` (half precision) or `decode`."""
@@ -216,6 +278,8 @@ class EngineInfo(_message.Message):
     max_rows: _builtins.int
     max_sequences: _builtins.int
     max_seq_len: _builtins.int
+    planned: _builtins.bool
+    """The engine this node was started for; the others are mapped in case a device dies."""
     def __init__(
         self,
         *,
@@ -229,10 +293,11 @@ class EngineInfo(_message.Message):
         max_rows: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         max_seq_len: _builtins.int = ...,
+        planned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "max_rows", b"max_rows", "max_seq_len", b"max_seq_len", "max_sequences", b"max_sequences", "name", b"name", "num_layers", b"num_layers", "phase", b"phase", "precision", b"precision", "rank", b"rank", "world", b"world"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "max_rows", b"max_rows", "max_seq_len", b"max_seq_len", "max_sequences", b"max_sequences", "name", b"name", "num_layers", b"num_layers", "phase", b"phase", "planned", b"planned", "precision", b"precision", "rank", b"rank", "world", b"world"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,6 +429,69 @@ class KvTarget(_message.Message):
 Global___KvTarget: _TypeAlias = KvTarget  # noqa: Y015
 
 @_typing.final
+class Stage(_message.Message):
+    """One part of a pipeline: a node and the layers it carries. A node may carry several stages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    address: _builtins.str
+    host_id: _builtins.str
+    first_layer: _builtins.int
+    num_layers: _builtins.int
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        host_id: _builtins.str = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "first_layer", b"first_layer", "host_id", b"host_id", "node_id", b"node_id", "num_layers", b"num_layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
+
+@_typing.final
+class Copy(_message.Message):
+    """`source` keeps a copy of its KV of these layers on `target` (whose `backup` is set), from this position on; what is
+    before it is there already, or on its way from the prefill node.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_NODE_ID_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    FROM_TOKEN_FIELD_NUMBER: _builtins.int
+    source_node_id: _builtins.str
+    from_token: _builtins.int
+    @_builtins.property
+    def target(self) -> Global___KvTarget: ...
+    def __init__(
+        self,
+        *,
+        source_node_id: _builtins.str = ...,
+        target: Global___KvTarget | None = ...,
+        from_token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_token", b"from_token", "source_node_id", b"source_node_id", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Copy: _TypeAlias = Copy  # noqa: Y015
+
+@_typing.final
 class Generation(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -421,7 +549,9 @@ class Prefill(_message.Message):
     def generation(self) -> Global___Generation: ...
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvTarget]:
-        """Empty: this node decodes the request itself, KV stays here."""
+        """Empty: this node decodes the request itself, KV stays here. KV for a target that is this node stays here as well.
+        A backup that cannot be reached costs protection, never the request.
+        """
 
     @_builtins.property
     def generated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -449,7 +579,8 @@ Global___Prefill: _TypeAlias = Prefill  # noqa: Y015
 @_typing.final
 class Decode(_message.Message):
     """Continue after `generated` (at least one token) on the KV of the prompt, which is here or still arriving. All but
-    the first-token KV positions of `generated` are computed here, so replay after a failure is exact.
+    the first-token KV positions of `generated` are computed here, so replay after a failure is exact. Every node of
+    `stages` gets the same message and finds itself in it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -459,8 +590,13 @@ class Decode(_message.Message):
     GENERATED_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     KV_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    RESUME_TOKENS_FIELD_NUMBER: _builtins.int
     kv_timeout_ms: _builtins.int
     """Milliseconds to wait for the prompt's KV."""
+    resume_tokens: _builtins.int
     @_builtins.property
     def attempt(self) -> Global___Attempt: ...
     @_builtins.property
@@ -469,6 +605,20 @@ class Decode(_message.Message):
     def generated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def generation(self) -> Global___Generation: ...
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """The pipeline in order; layers partition the model. The first batches, the last samples. Empty: this node alone."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Copy]:
+        """Copies to keep up from now on."""
+
+    @_builtins.property
+    def resume_from(self) -> Global___Attempt:
+        """After a takeover: KV that this node holds under this older attempt becomes this attempt's, and its first
+        `resume_tokens` positions (at least the prompt) count as computed.
+        """
+
     def __init__(
         self,
         *,
@@ -477,14 +627,75 @@ class Decode(_message.Message):
         generated: _abc.Iterable[_builtins.int] | None = ...,
         generation: Global___Generation | None = ...,
         kv_timeout_ms: _builtins.int = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        copies: _abc.Iterable[Global___Copy] | None = ...,
+        resume_from: Global___Attempt | None = ...,
+        resume_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resume_from", b"_resume_from", "attempt", b"attempt", "generation", b"generation", "resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generated", b"generated", "generation", b"generation", "kv_timeout_ms", b"kv_timeout_ms", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resume_from", b"_resume_from", "attempt", b"attempt", "copies", b"copies", "generated", b"generated", "generation", b"generation", "kv_timeout_ms", b"kv_timeout_ms", "prompt", b"prompt", "resume_from", b"resume_from", "resume_tokens", b"resume_tokens", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__resume_from: _TypeAlias = _typing.Literal["resume_from"]  # noqa: Y015
+    _WhichOneofArgType__resume_from: _TypeAlias = _typing.Literal["_resume_from", b"_resume_from"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resume_from) -> _WhichOneofReturnType__resume_from | None: ...
+
+Global___Decode: _TypeAlias = Decode  # noqa: Y015
+
+@_typing.final
+class Hold(_message.Message):
+    """The copies this node holds under `resume_from` belong to `attempt` now, cut to `resume_tokens` positions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    RESUME_TOKENS_FIELD_NUMBER: _builtins.int
+    resume_tokens: _builtins.int
+    @_builtins.property
+    def attempt(self) -> Global___Attempt: ...
+    @_builtins.property
+    def resume_from(self) -> Global___Attempt: ...
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+        resume_from: Global___Attempt | None = ...,
+        resume_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "resume_from", b"resume_from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "resume_from", b"resume_from", "resume_tokens", b"resume_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Decode: _TypeAlias = Decode  # noqa: Y015
+Global___Hold: _TypeAlias = Hold  # noqa: Y015
+
+@_typing.final
+class Protect(_message.Message):
+    """Keep these copies from now on, in place of those this node keeps of the same layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> Global___Attempt: ...
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Copy]: ...
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+        copies: _abc.Iterable[Global___Copy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "copies", b"copies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Protect: _TypeAlias = Protect  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):
@@ -708,3 +919,86 @@ class Released(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Released: _TypeAlias = Released  # noqa: Y015
+
+@_typing.final
+class PipelineBroken(_message.Message):
+    """The next stage cannot be reached. Nothing was dropped: the attempts wait for a release, or for a decode that resumes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_NODE_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    peer_node_id: _builtins.str
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]: ...
+    def __init__(
+        self,
+        *,
+        peer_node_id: _builtins.str = ...,
+        attempts: _abc.Iterable[Global___Attempt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "peer_node_id", b"peer_node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PipelineBroken: _TypeAlias = PipelineBroken  # noqa: Y015
+
+@_typing.final
+class KvCopied(_message.Message):
+    """Copies that this node holds for others: how far each reaches. Sent at once when the prompt of one is complete, and
+    at the heartbeat interval for those that grew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COPIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldKv]: ...
+    def __init__(
+        self,
+        *,
+        copies: _abc.Iterable[Global___HeldKv] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCopied: _TypeAlias = KvCopied  # noqa: Y015
+
+@_typing.final
+class CopyLost(_message.Message):
+    """This node stopped keeping a copy of these layers up to date."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    HOLDER_NODE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    holder_node_id: _builtins.str
+    first_layer: _builtins.int
+    num_layers: _builtins.int
+    message: _builtins.str
+    @_builtins.property
+    def attempt(self) -> Global___Attempt: ...
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+        holder_node_id: _builtins.str = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_layer", b"first_layer", "holder_node_id", b"holder_node_id", "message", b"message", "num_layers", b"num_layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyLost: _TypeAlias = CopyLost  # noqa: Y015

@@ -85,6 +85,7 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     ALLOW_DEGRADED_PREFILL_FIELD_NUMBER: _builtins.int
+    KEEP_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the server where empty. Unique among the requests in flight."""
     model: _builtins.str
@@ -98,6 +99,10 @@ class GenerateRequest(_message.Message):
     """Milliseconds from arrival after which the request fails; 0: none."""
     allow_degraded_prefill: _builtins.bool
     """Whether the INT4 engine may read the prompt when no half-precision engine is alive."""
+    keep_ms: _builtins.int
+    """Milliseconds for which the request goes on after its client disconnected, so that it can be resumed; 0: it is
+    cancelled at once.
+    """
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
@@ -124,10 +129,11 @@ class GenerateRequest(_message.Message):
         logprobs: _builtins.bool = ...,
         deadline_ms: _builtins.int = ...,
         allow_degraded_prefill: _builtins.bool = ...,
+        keep_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degraded_prefill", b"allow_degraded_prefill", "chat", b"chat", "deadline_ms", b"deadline_ms", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degraded_prefill", b"allow_degraded_prefill", "chat", b"chat", "deadline_ms", b"deadline_ms", "ignore_eos", b"ignore_eos", "keep_ms", b"keep_ms", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -384,6 +390,7 @@ class Finished(_message.Message):
     PREFILL_PATH_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
     TAKEOVERS_FIELD_NUMBER: _builtins.int
+    RECOVERY_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     message: _builtins.str
     """For people, where the reason is ERROR."""
@@ -398,6 +405,8 @@ class Finished(_message.Message):
     def timing(self) -> Global___Timing: ...
     @_builtins.property
     def kv(self) -> Global___KvTransfer: ...
+    @_builtins.property
+    def recovery(self) -> Global___Recovery: ...
     def __init__(
         self,
         *,
@@ -410,14 +419,52 @@ class Finished(_message.Message):
         prefill_path: Global___PrefillPath.ValueType = ...,
         kv: Global___KvTransfer | None = ...,
         takeovers: _builtins.int = ...,
+        recovery: Global___Recovery | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "recovery", b"recovery", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_tokens", b"generated_tokens", "kv", b"kv", "message", b"message", "prefill_path", b"prefill_path", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "takeovers", b"takeovers", "text", b"text", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_tokens", b"generated_tokens", "kv", b"kv", "message", b"message", "prefill_path", b"prefill_path", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "recovery", b"recovery", "takeovers", b"takeovers", "text", b"text", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class Recovery(_message.Message):
+    """Pauses caused by failing devices, summed over the request; milliseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_MS_FIELD_NUMBER: _builtins.int
+    DETECT_MS_FIELD_NUMBER: _builtins.int
+    FENCE_MS_FIELD_NUMBER: _builtins.int
+    RESTORE_MS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    total_ms: _builtins.float
+    detect_ms: _builtins.float
+    """From the last sign of life to the decision that the device is dead."""
+    fence_ms: _builtins.float
+    """From the decision to the commands."""
+    restore_ms: _builtins.float
+    """Restoring KV, or reading the prompt again, until decoding went on."""
+    first_token_ms: _builtins.float
+    """From then to the next token."""
+    def __init__(
+        self,
+        *,
+        total_ms: _builtins.float = ...,
+        detect_ms: _builtins.float = ...,
+        fence_ms: _builtins.float = ...,
+        restore_ms: _builtins.float = ...,
+        first_token_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detect_ms", b"detect_ms", "fence_ms", b"fence_ms", "first_token_ms", b"first_token_ms", "restore_ms", b"restore_ms", "total_ms", b"total_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recovery: _TypeAlias = Recovery  # noqa: Y015
 
 @_typing.final
 class Timing(_message.Message):
@@ -493,6 +540,29 @@ class KvTransfer(_message.Message):
 Global___KvTransfer: _TypeAlias = KvTransfer  # noqa: Y015
 
 @_typing.final
+class ResumeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FROM_INDEX_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    from_index: _builtins.int
+    """Index of the first token wanted."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        from_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_index", b"from_index", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
 class CancelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -557,6 +627,7 @@ class GetClusterResponse(_message.Message):
     PREFILLING_FIELD_NUMBER: _builtins.int
     DECODING_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     bundle_sha256: _builtins.str
     queued: _builtins.int
@@ -566,6 +637,10 @@ class GetClusterResponse(_message.Message):
     """Counted since the orchestrator started."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeStatus]: ...
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterEvent]:
+        """What happened last, newest last."""
+
     def __init__(
         self,
         *,
@@ -576,14 +651,38 @@ class GetClusterResponse(_message.Message):
         prefilling: _builtins.int = ...,
         decoding: _builtins.int = ...,
         finished: _builtins.int = ...,
+        events: _abc.Iterable[Global___ClusterEvent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_sha256", b"bundle_sha256", "decoding", b"decoding", "finished", b"finished", "model", b"model", "nodes", b"nodes", "prefilling", b"prefilling", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_sha256", b"bundle_sha256", "decoding", b"decoding", "events", b"events", "finished", b"finished", "model", b"model", "nodes", b"nodes", "prefilling", b"prefilling", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterResponse: _TypeAlias = GetClusterResponse  # noqa: Y015
+
+@_typing.final
+class ClusterEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    age_ms: _builtins.float
+    """Milliseconds ago."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        age_ms: _builtins.float = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterEvent: _TypeAlias = ClusterEvent  # noqa: Y015
 
 @_typing.final
 class NodeStatus(_message.Message):
@@ -605,6 +704,9 @@ class NodeStatus(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     HEARTBEAT_AGE_MS_FIELD_NUMBER: _builtins.int
     RSS_SHARED_BYTES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    COPY_LAG_TOKENS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.int
     role: _builtins.str
@@ -623,6 +725,12 @@ class NodeStatus(_message.Message):
     """Last heartbeat, milliseconds ago."""
     rss_shared_bytes: _builtins.int
     """Of rss_bytes, what other processes share (memory-mapped weights)."""
+    layers: _builtins.str
+    """Layers it carries now, such as `0-14`; empty for spares and prefill nodes."""
+    copies: _builtins.int
+    """Requests whose copies it holds."""
+    copy_lag_tokens: _builtins.int
+    """Tokens by which the copies of its own KV lag, at most."""
     @_builtins.property
     def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -644,10 +752,13 @@ class NodeStatus(_message.Message):
         pid: _builtins.int = ...,
         heartbeat_age_ms: _builtins.float = ...,
         rss_shared_bytes: _builtins.int = ...,
+        layers: _builtins.str = ...,
+        copies: _builtins.int = ...,
+        copy_lag_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device_class", b"device_class", "engines", b"engines", "heartbeat_age_ms", b"heartbeat_age_ms", "incarnation", b"incarnation", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_total", b"kv_blocks_total", "node_id", b"node_id", "pid", b"pid", "role", b"role", "rss_bytes", b"rss_bytes", "rss_shared_bytes", b"rss_shared_bytes", "running", b"running", "state", b"state", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "copies", b"copies", "copy_lag_tokens", b"copy_lag_tokens", "device_class", b"device_class", "engines", b"engines", "heartbeat_age_ms", b"heartbeat_age_ms", "incarnation", b"incarnation", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_total", b"kv_blocks_total", "layers", b"layers", "node_id", b"node_id", "pid", b"pid", "role", b"role", "rss_bytes", b"rss_bytes", "rss_shared_bytes", b"rss_shared_bytes", "running", b"running", "state", b"state", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,11 @@ class InferenceStub:
                 request_serializer=edgellm_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/edgellm.v1.Inference/Resume',
+                request_serializer=edgellm_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/edgellm.v1.Inference/Cancel',
                 request_serializer=edgellm_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
@@ -64,6 +69,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """The same stream again, for a client that lost it: `accepted`, every token from `from_index` on exactly once, then
+        `finished`. The one before it ends, if it is still there. NOT_FOUND: no such request, or it ended too long ago.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -82,6 +95,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=edgellm_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=edgellm_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
@@ -121,6 +139,33 @@ class Inference:
             target,
             '/edgellm.v1.Inference/Generate',
             edgellm_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            edgellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/edgellm.v1.Inference/Resume',
+            edgellm_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             edgellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

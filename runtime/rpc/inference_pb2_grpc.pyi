@@ -37,6 +37,10 @@ class InferenceStub:
     RESOURCE_EXHAUSTED: the cluster cannot meet the request now; `retry-after-ms` is in the trailing metadata.
     Disconnecting cancels the request.
     """
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """The same stream again, for a client that lost it: `accepted`, every token from `from_index` on exactly once, then
+    `finished`. The one before it ends, if it is still there. NOT_FOUND: no such request, or it ended too long ago.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     GetCluster: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetClusterRequest, _inference_pb2.GetClusterResponse]
 
@@ -48,6 +52,10 @@ class InferenceAsyncStub(InferenceStub):
     INVALID_ARGUMENT: bad prompt or sampling values. NOT_FOUND: unknown model. ALREADY_EXISTS: request id in use.
     RESOURCE_EXHAUSTED: the cluster cannot meet the request now; `retry-after-ms` is in the trailing metadata.
     Disconnecting cancels the request.
+    """
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """The same stream again, for a client that lost it: `accepted`, every token from `from_index` on exactly once, then
+    `finished`. The one before it ends, if it is still there. NOT_FOUND: no such request, or it ended too long ago.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     GetCluster: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetClusterRequest, _inference_pb2.GetClusterResponse]  # type: ignore[assignment]
@@ -63,6 +71,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: bad prompt or sampling values. NOT_FOUND: unknown model. ALREADY_EXISTS: request id in use.
         RESOURCE_EXHAUSTED: the cluster cannot meet the request now; `retry-after-ms` is in the trailing metadata.
         Disconnecting cancels the request.
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """The same stream again, for a client that lost it: `accepted`, every token from `from_index` on exactly once, then
+        `finished`. The one before it ends, if it is still there. NOT_FOUND: no such request, or it ended too long ago.
         """
 
     @_abc_1.abstractmethod

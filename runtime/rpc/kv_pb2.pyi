@@ -149,10 +149,15 @@ class KvOpen(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     BACKUP_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     capacity_tokens: _builtins.int
     """Prompt and answer: what to reserve."""
     backup: _builtins.bool
+    first_layer: _builtins.int
+    """The layers that will be sent on this stream."""
+    num_layers: _builtins.int
     @_builtins.property
     def attempt(self) -> _cluster_pb2.Attempt: ...
     def __init__(
@@ -162,10 +167,12 @@ class KvOpen(_message.Message):
         prompt_tokens: _builtins.int = ...,
         capacity_tokens: _builtins.int = ...,
         backup: _builtins.bool = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "backup", b"backup", "capacity_tokens", b"capacity_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "backup", b"backup", "capacity_tokens", b"capacity_tokens", "first_layer", b"first_layer", "num_layers", b"num_layers", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,3 +292,130 @@ class KvAck(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvAck: _TypeAlias = KvAck  # noqa: Y015
+
+@_typing.final
+class KvCopyMessage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INLINE_PAYLOAD_FIELD_NUMBER: _builtins.int
+    SHM_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    inline_payload: _builtins.bytes
+    checksum: _builtins.int
+    """crc32 of the payload."""
+    @_builtins.property
+    def shm(self) -> Global___ShmSpan: ...
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvCopyRows]: ...
+    def __init__(
+        self,
+        *,
+        inline_payload: _builtins.bytes = ...,
+        shm: Global___ShmSpan | None = ...,
+        checksum: _builtins.int = ...,
+        entries: _abc.Iterable[Global___KvCopyRows] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inline_payload", b"inline_payload", "payload", b"payload", "shm", b"shm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "entries", b"entries", "inline_payload", b"inline_payload", "payload", b"payload", "shm", b"shm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["inline_payload", "shm"]  # noqa: Y015
+    _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
+
+Global___KvCopyMessage: _TypeAlias = KvCopyMessage  # noqa: Y015
+
+@_typing.final
+class KvCopyRows(_message.Message):
+    """KV of some positions of one request: for each layer K rows then V rows, `[num_tokens, kv_heads, head_dim]` in the
+    contract's dtype (with its scales after each, where it has them), or as `codec` says.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    first_layer: _builtins.int
+    num_layers: _builtins.int
+    first_token: _builtins.int
+    num_tokens: _builtins.int
+    capacity_tokens: _builtins.int
+    """Prompt and answer: what to reserve where nothing is held yet."""
+    codec: _builtins.str
+    length: _builtins.int
+    """Bytes of the payload that are this entry's."""
+    @_builtins.property
+    def attempt(self) -> _cluster_pb2.Attempt: ...
+    def __init__(
+        self,
+        *,
+        attempt: _cluster_pb2.Attempt | None = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        first_token: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        capacity_tokens: _builtins.int = ...,
+        codec: _builtins.str = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity_tokens", b"capacity_tokens", "codec", b"codec", "first_layer", b"first_layer", "first_token", b"first_token", "length", b"length", "num_layers", b"num_layers", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCopyRows: _TypeAlias = KvCopyRows  # noqa: Y015
+
+@_typing.final
+class KvCopyAck(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvCopyRefusal]:
+        """Entries of the message that were not taken, by index, and why: the sender stops copying those."""
+
+    def __init__(
+        self,
+        *,
+        refusals: _abc.Iterable[Global___KvCopyRefusal] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusals", b"refusals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCopyAck: _TypeAlias = KvCopyAck  # noqa: Y015
+
+@_typing.final
+class KvCopyRefusal(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    entry: _builtins.int
+    status: Global___KvAckStatus.ValueType
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        entry: _builtins.int = ...,
+        status: Global___KvAckStatus.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "message", b"message", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCopyRefusal: _TypeAlias = KvCopyRefusal  # noqa: Y015

@@ -44,6 +44,11 @@ class KvExchangeStub:
                 request_serializer=edgellm_dot_v1_dot_kv__pb2.KvMessage.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_kv__pb2.KvAck.FromString,
                 _registered_method=True)
+        self.Copy = channel.stream_stream(
+                '/edgellm.v1.KvExchange/Copy',
+                request_serializer=edgellm_dot_v1_dot_kv__pb2.KvCopyMessage.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_kv__pb2.KvCopyAck.FromString,
+                _registered_method=True)
 
 
 class KvExchangeServicer:
@@ -64,6 +69,14 @@ class KvExchangeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Copy(self, request_iterator, context):
+        """One stream per pair of nodes: KV of tokens as they are generated, of many requests, or all KV of one whose copy is
+        new. Acks come in the order of the messages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvExchangeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +89,11 @@ def add_KvExchangeServicer_to_server(servicer, server):
                     servicer.Push,
                     request_deserializer=edgellm_dot_v1_dot_kv__pb2.KvMessage.FromString,
                     response_serializer=edgellm_dot_v1_dot_kv__pb2.KvAck.SerializeToString,
+            ),
+            'Copy': grpc.stream_stream_rpc_method_handler(
+                    servicer.Copy,
+                    request_deserializer=edgellm_dot_v1_dot_kv__pb2.KvCopyMessage.FromString,
+                    response_serializer=edgellm_dot_v1_dot_kv__pb2.KvCopyAck.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +150,33 @@ class KvExchange:
             '/edgellm.v1.KvExchange/Push',
             edgellm_dot_v1_dot_kv__pb2.KvMessage.SerializeToString,
             edgellm_dot_v1_dot_kv__pb2.KvAck.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Copy(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/edgellm.v1.KvExchange/Copy',
+            edgellm_dot_v1_dot_kv__pb2.KvCopyMessage.SerializeToString,
+            edgellm_dot_v1_dot_kv__pb2.KvCopyAck.FromString,
             options,
             channel_credentials,
             insecure,

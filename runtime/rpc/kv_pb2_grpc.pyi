@@ -37,6 +37,10 @@ class KvExchangeStub:
     """One stream per request. The sender opens with `open`, sends chunks within its credits, and half-closes after the
     last; the receiver answers `open` and every chunk with an ack in any order.
     """
+    Copy: _grpc.StreamStreamMultiCallable[_kv_pb2.KvCopyMessage, _kv_pb2.KvCopyAck]
+    """One stream per pair of nodes: KV of tokens as they are generated, of many requests, or all KV of one whose copy is
+    new. Acks come in the order of the messages.
+    """
 
 @_typing.type_check_only
 class KvExchangeAsyncStub(KvExchangeStub):
@@ -46,6 +50,10 @@ class KvExchangeAsyncStub(KvExchangeStub):
     Push: _aio.StreamStreamMultiCallable[_kv_pb2.KvMessage, _kv_pb2.KvAck]  # type: ignore[assignment]
     """One stream per request. The sender opens with `open`, sends chunks within its credits, and half-closes after the
     last; the receiver answers `open` and every chunk with an ack in any order.
+    """
+    Copy: _aio.StreamStreamMultiCallable[_kv_pb2.KvCopyMessage, _kv_pb2.KvCopyAck]  # type: ignore[assignment]
+    """One stream per pair of nodes: KV of tokens as they are generated, of many requests, or all KV of one whose copy is
+    new. Acks come in the order of the messages.
     """
 
 class KvExchangeServicer(metaclass=_abc_1.ABCMeta):
@@ -65,6 +73,16 @@ class KvExchangeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.KvAck], _abc.AsyncIterator[_kv_pb2.KvAck]]:
         """One stream per request. The sender opens with `open`, sends chunks within its credits, and half-closes after the
         last; the receiver answers `open` and every chunk with an ack in any order.
+        """
+
+    @_abc_1.abstractmethod
+    def Copy(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kv_pb2.KvCopyMessage],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_pb2.KvCopyAck], _abc.AsyncIterator[_kv_pb2.KvCopyAck]]:
+        """One stream per pair of nodes: KV of tokens as they are generated, of many requests, or all KV of one whose copy is
+        new. Acks come in the order of the messages.
         """
 
 def add_KvExchangeServicer_to_server(servicer: KvExchangeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
