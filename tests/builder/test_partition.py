@@ -107,7 +107,7 @@ def test_ranks_summed_are_the_whole(
         outputs = list(threads.map(lambda rank: rank.forward(prompt(tokens)).logits, ranks))
     for logits in outputs:
         assert logits is not None
-        # Two halves of a sum round differently, and each norm after them magnifies it; a wrong split is off by far more.
+        # Halves of a sum round differently, and each norm after them magnifies it; a wrong split is off by far more.
         np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-3 * float(np.abs(whole).max()))
 
 
