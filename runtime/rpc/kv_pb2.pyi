@@ -33,6 +33,8 @@ class _KvAckStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvAckStat
     KV_ACK_STATUS_NO_CAPACITY: _KvAckStatus.ValueType  # 3
     KV_ACK_STATUS_CORRUPT: _KvAckStatus.ValueType  # 4
     """Checksum or shape is wrong: send this chunk again."""
+    KV_ACK_STATUS_EARLY: _KvAckStatus.ValueType  # 5
+    """KV of an older epoch is still held, and may become this epoch's: send these rows again in a moment."""
 
 class KvAckStatus(_KvAckStatus, metaclass=_KvAckStatusEnumTypeWrapper): ...
 
@@ -43,6 +45,8 @@ KV_ACK_STATUS_STALE: KvAckStatus.ValueType  # 2
 KV_ACK_STATUS_NO_CAPACITY: KvAckStatus.ValueType  # 3
 KV_ACK_STATUS_CORRUPT: KvAckStatus.ValueType  # 4
 """Checksum or shape is wrong: send this chunk again."""
+KV_ACK_STATUS_EARLY: KvAckStatus.ValueType  # 5
+"""KV of an older epoch is still held, and may become this epoch's: send these rows again in a moment."""
 Global___KvAckStatus: _TypeAlias = KvAckStatus  # noqa: Y015
 
 @_typing.final
@@ -328,8 +332,9 @@ Global___KvCopyMessage: _TypeAlias = KvCopyMessage  # noqa: Y015
 
 @_typing.final
 class KvCopyRows(_message.Message):
-    """KV of some positions of one request: for each layer K rows then V rows, `[num_tokens, kv_heads, head_dim]` in the
-    contract's dtype (with its scales after each, where it has them), or as `codec` says.
+    """KV of some positions of one request, as `codec` says. `raw`: `[num_tokens, num_layers, K and V, kv_heads, head_dim]`
+    in the contract's dtype; then, where it has scales, those of all rows likewise. `int8`, for half-precision contracts:
+    the same with one scale per token and head.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -380,7 +385,9 @@ class KvCopyAck(_message.Message):
     REFUSALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvCopyRefusal]:
-        """Entries of the message that were not taken, by index, and why: the sender stops copying those."""
+        """Entries of the message that were not taken, by index, and why. Of those that are corrupt or early the sender sends
+        the rows again; it stops copying the others.
+        """
 
     def __init__(
         self,
