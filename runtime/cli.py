@@ -40,6 +40,7 @@ def _config(options: argparse.Namespace) -> NodeConfig:
         node_id=NodeId(options.node_id),
         bundle=options.bundle.expanduser().resolve(),
         engine=options.engine,
+        spare=options.spare,
         join=JoinConfig(orchestrator=options.orchestrator, join_timeout_s=options.join_timeout, lease_s=options.lease),
         listen=options.listen,
         kv_blocks=options.kv_blocks,
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bundle", required=True, metavar="DIR", type=Path)
     add("--engine", required=True, metavar="NAME", help="an engine folder of the bundle; its phase decides the role")
     add("--node-id", required=True, metavar="ID")
+    add("--spare", action="store_true", help="take no requests: hold copies of KV, and take over when a node dies")
     add("--listen", default=NodeConfig.listen, metavar="HOST:PORT", type=_address, help="for KV (default %(default)s)")
     add("--kv-blocks", metavar="N", type=_positive, help="of 32 tokens (default: the bundle's plan)")
     add("--device-class", metavar="NAME", help="of this machine, such as orin-nano-8gb (default: as found)")

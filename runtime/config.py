@@ -32,6 +32,8 @@ class NodeConfig:
     bundle: Path
     engine: str
     join: JoinConfig
+    spare: bool = False
+    """A decode node that takes no requests of its own: it holds copies, and takes over."""
     listen: str = "127.0.0.1:0"
     """Address of the KV exchange; port 0: any."""
     kv_blocks: int | None = None

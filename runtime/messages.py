@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from edgellm.runtime.batching.decode import TokenGenerated
 from edgellm.runtime.generation import Generation, SampledToken
-from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId, TransferStats
+from edgellm.runtime.kv.types import Attempt, HeldKv, KvCopy, KvTarget, NodeId, Stage, TransferStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Welcome:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefill:
-    """Read a prompt; with targets, send its KV there while reading."""
+    """Read a prompt; with targets, send its KV there while reading. What a target on this node is to have, stays."""
 
     attempt: Attempt
     prompt: npt.NDArray[np.int32]
@@ -42,6 +42,31 @@ class Decode:
     generated: npt.NDArray[np.int32]
     generation: Generation
     kv_timeout_s: float
+    stages: tuple[Stage, ...] = ()
+    """The pipeline in order; the first batches, the last samples. Empty: this node alone."""
+    copies: tuple[KvCopy, ...] = ()
+    """To be kept from now on, by whom they name."""
+    resume_from: Attempt | None = None
+    """KV that is here under this older attempt is this attempt's from now on."""
+    resume_tokens: int = 0
+    """With `resume_from`: positions of it that count as computed, at least the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """Copies that are here under `resume_from` belong to `attempt` now, cut to `resume_tokens` positions."""
+
+    attempt: Attempt
+    resume_from: Attempt
+    resume_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protect:
+    """Keep these copies from now on, in place of those kept of the same layers."""
+
+    attempt: Attempt
+    copies: tuple[KvCopy, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +81,7 @@ class Shutdown:
     """Finish nothing, free everything, exit."""
 
 
-Command: TypeAlias = Welcome | Prefill | Decode | Release | Shutdown
+Command: TypeAlias = Welcome | Prefill | Decode | Hold | Protect | Release | Shutdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +125,30 @@ class Released:
     attempt: Attempt
 
 
-Event: TypeAlias = PrefillDone | KvSent | Tokens | RequestFailed | Released
+@dataclass(frozen=True, kw_only=True)
+class PipelineBroken:
+    """The next stage cannot be reached. Nothing was dropped: the attempts wait for a release, or a resuming Decode."""
+
+    peer: NodeId
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCopied:
+    """How far copies reach that this node holds for others."""
+
+    copies: tuple[HeldKv, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyLost:
+    """This node stopped keeping a copy of these layers up to date."""
+
+    attempt: Attempt
+    holder: NodeId
+    first_layer: int
+    num_layers: int
+    message: str
+
+
+Event: TypeAlias = PrefillDone | KvSent | Tokens | RequestFailed | Released | PipelineBroken | KvCopied | CopyLost

@@ -11,7 +11,17 @@ from edgellm.runtime.batching.steps import Step
 from edgellm.runtime.config import NodeError
 from edgellm.runtime.kv.inbox import InboxCounters
 from edgellm.runtime.lanes import DecodeLane, Lane
-from edgellm.runtime.messages import Event, KvSent, PrefillDone, Released, RequestFailed, Tokens
+from edgellm.runtime.messages import (
+    CopyLost,
+    Event,
+    KvCopied,
+    KvSent,
+    PipelineBroken,
+    PrefillDone,
+    Released,
+    RequestFailed,
+    Tokens,
+)
 from edgellm.runtime.node import Node
 
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -31,6 +41,10 @@ class NodeMetrics:
         self._rows = Counter("edgellm_rows", "Tokens through the engines", ["kind"], registry=self.registry)
         self._tokens = Counter("edgellm_tokens_generated", "Tokens sampled", registry=self.registry)
         self._failed = Counter("edgellm_requests_failed", "Requests failed here", ["kind"], registry=self.registry)
+        self._pipelines_broken = Counter(
+            "edgellm_pipelines_broken", "Times that a next stage was lost", registry=self.registry
+        )
+        self._copies_lost = Counter("edgellm_kv_copies_lost", "Copies of KV given up", registry=self.registry)
         self._requests = Gauge("edgellm_requests", "Requests on this node", ["state"], registry=self.registry)
         self._blocks_free = Gauge("edgellm_kv_blocks_free", "Free KV blocks", registry=self.registry)
         self._sent_bytes = Counter("edgellm_kv_sent_bytes", "KV sent", ["transport", "codec"], registry=self.registry)
@@ -77,7 +91,11 @@ class NodeMetrics:
                 self._sent_bytes.labels(stats.transport, stats.codec).inc(stats.bytes)
                 self._sent_ms.labels("hidden").inc(stats.hidden_ms)
                 self._sent_ms.labels("exposed").inc(stats.exposed_ms)
-            case Released():
+            case PipelineBroken():
+                self._pipelines_broken.inc()
+            case CopyLost():
+                self._copies_lost.inc()
+            case Released() | KvCopied():
                 pass
             case _:
                 assert_never(event)

@@ -12,15 +12,18 @@ from edgellm.runtime.checks import RefusedError, check_capacity, check_known_tok
 from edgellm.runtime.kv.fence import EpochFence
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.transfer import Arrivals, TransferError, Transfers
-from edgellm.runtime.kv.types import Attempt, NodeId, RequestId, TransferStats
+from edgellm.runtime.kv.types import Attempt, KvCopy, NodeId, RequestId, TransferStats
 from edgellm.runtime.lanes import DecodeLane, Lane, Lanes, PrefillLane
 from edgellm.runtime.messages import (
+    CopyLost,
     Decode,
     Event,
     FailureKind,
+    Hold,
     KvSent,
     Prefill,
     PrefillDone,
+    Protect,
     Release,
     Released,
     RequestFailed,
@@ -41,8 +44,15 @@ class Node:
     arrivals: Arrivals
 
     def __init__(
-        self, *, lanes: Lanes, ledger: BlockLedger, emit: Callable[[Event], None], wake: Callable[[], None]
+        self,
+        *,
+        node_id: NodeId,
+        lanes: Lanes,
+        ledger: BlockLedger,
+        emit: Callable[[Event], None],
+        wake: Callable[[], None],
     ) -> None:
+        self.node_id = node_id
         self.lanes = lanes
         self._ledger = ledger
         self._emit = emit
@@ -85,9 +95,22 @@ class Node:
         with self._failing(command.attempt):
             check_request(self._answers.lane(), command)
             check_known_tokens(command)
+            if command.resume_from is not None:
+                raise RefusedError("transfer", f"KV of {command.resume_from} is not here")
+            if len(command.stages) > 1:
+                raise RefusedError("engine", f"a pipeline of {len(command.stages)} stages; this node decodes alone")
+            self._lose_copies(command.attempt, command.copies)
             _log.info("decode queued %s known_tokens=%d", command.attempt, len(command.generated))
             self._answers.add(command, now_s)
             self._wake()
+
+    def hold(self, command: Hold) -> None:
+        if self._admit_command(command.attempt, is_known=self._is_live(command.attempt)):
+            self._fail(command.attempt, "transfer", f"KV of {command.resume_from} is not here")
+
+    def protect(self, command: Protect) -> None:
+        if self._is_live(command.attempt):
+            self._lose_copies(command.attempt, command.copies)
 
     def release(self, command: Release) -> None:
         self._fence.close(command.attempt)
@@ -188,6 +211,19 @@ class Node:
             _log.info("command ignored %s reason=%s", attempt, "repeated" if is_known else "stale")
             return False
         return True
+
+    def _lose_copies(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
+        for copy in copies:
+            if copy.source == self.node_id:
+                self._emit(
+                    CopyLost(
+                        attempt=attempt,
+                        holder=copy.target.node_id,
+                        first_layer=copy.target.first_layer,
+                        num_layers=copy.target.num_layers,
+                        message="this node keeps no copies",
+                    )
+                )
 
     def _is_live(self, attempt: Attempt) -> bool:
         return self._live.get(attempt.request_id) == attempt

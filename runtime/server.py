@@ -50,7 +50,13 @@ class NodeServer:
         self.ledger = BlockLedger(engines.pool)
         self.metrics = NodeMetrics(config.node_id)
         work = asyncio.Event()
-        self.node = Node(lanes=make_lanes(engines, config), ledger=self.ledger, emit=self._emit, wake=work.set)
+        self.node = Node(
+            node_id=config.node_id,
+            lanes=make_lanes(engines, config),
+            ledger=self.ledger,
+            emit=self._emit,
+            wake=work.set,
+        )
         self._engine_loop = EngineLoop(self.node, work, self.metrics.step_ended)
         self._inbox = KvInbox(
             ledger=self.ledger, admit=self.node.admit, on_complete=self.node.kv_complete, on_lost=self.node.kv_lost
@@ -137,6 +143,10 @@ class NodeServer:
                 self.node.prefill(command)
             case messages.Decode():
                 self.node.decode(command, time.monotonic())
+            case messages.Hold():
+                self.node.hold(command)
+            case messages.Protect():
+                self.node.protect(command)
             case messages.Release():
                 self.node.release(command)
             case messages.Shutdown() | messages.Welcome():
@@ -175,12 +185,15 @@ class NodeServer:
             device_class=engines.all[0].spec.device_class,
             bundle_sha256=engines.bundle_sha256,
             kv_contract_sha256=engines.contract.sha256,
-            engines=[_engine_info(engine.spec) for engine in engines.all],
+            engines=[
+                _engine_info(engine.spec, planned=engine.spec.name == self._config.engine) for engine in engines.all
+            ],
             kv_blocks=pool.num_blocks,
             block_tokens=pool.contract.block_tokens,
             exchange_address=self._exchange_address,
             host_id=self._host_id,
             kv_bytes_per_token=bytes_per_token,
+            spare=self._config.spare,
         )
 
     def _heartbeat(self) -> cluster_pb2.Heartbeat:
@@ -198,7 +211,7 @@ class NodeServer:
         )
 
 
-def _engine_info(spec: EngineSpec) -> cluster_pb2.EngineInfo:
+def _engine_info(spec: EngineSpec, *, planned: bool) -> cluster_pb2.EngineInfo:
     return cluster_pb2.EngineInfo(
         name=spec.name,
         phase=spec.phase,
@@ -210,6 +223,7 @@ def _engine_info(spec: EngineSpec) -> cluster_pb2.EngineInfo:
         max_rows=spec.limits.max_rows,
         max_sequences=spec.limits.max_sequences,
         max_seq_len=spec.limits.max_seq_len,
+        planned=planned,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from edgellm.engines.sampling import SamplingParams
 from edgellm.runtime import messages
 from edgellm.runtime.generation import FinishReason, Generation, SampledToken
-from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId, RequestId, TransferStats
+from edgellm.runtime.kv.types import Attempt, HeldKv, KvCopy, KvTarget, NodeId, RequestId, Stage, TransferStats
 from edgellm.runtime.rpc import cluster_pb2, inference_pb2
 
 _FINISH: dict[FinishReason | None, inference_pb2.FinishReason.ValueType] = {
@@ -35,6 +35,13 @@ def command_from_proto(command: cluster_pb2.Command) -> messages.Command:
             return _prefill(command.prefill)
         case "decode":
             return _decode(command.decode)
+        case "hold":
+            return _hold(command.hold)
+        case "protect":
+            protect = command.protect
+            return messages.Protect(
+                attempt=attempt_from_proto(protect.attempt), copies=tuple(_copy(copy) for copy in protect.copies)
+            )
         case "release":
             return messages.Release(attempt=attempt_from_proto(command.release.attempt))
         case "shutdown":
@@ -59,6 +66,16 @@ def event_to_proto(event: messages.Event) -> cluster_pb2.NodeMessage:
             return cluster_pb2.NodeMessage(request_failed=failed)
         case messages.Released(attempt=attempt):
             return cluster_pb2.NodeMessage(released=cluster_pb2.Released(attempt=attempt_to_proto(attempt)))
+        case messages.PipelineBroken(peer=peer, attempts=attempts):
+            broken = cluster_pb2.PipelineBroken(
+                peer_node_id=peer, attempts=[attempt_to_proto(attempt) for attempt in attempts]
+            )
+            return cluster_pb2.NodeMessage(pipeline_broken=broken)
+        case messages.KvCopied(copies=copies):
+            copied = cluster_pb2.KvCopied(copies=[held_to_proto(copy) for copy in copies])
+            return cluster_pb2.NodeMessage(kv_copied=copied)
+        case messages.CopyLost():
+            return cluster_pb2.NodeMessage(copy_lost=_copy_lost(event))
         case _:
             assert_never(event)
 
@@ -69,6 +86,15 @@ def attempt_to_proto(attempt: Attempt) -> cluster_pb2.Attempt:
 
 def attempt_from_proto(attempt: cluster_pb2.Attempt) -> Attempt:
     return Attempt(request_id=RequestId(attempt.request_id), epoch=attempt.epoch)
+
+
+def held_to_proto(held: HeldKv) -> cluster_pb2.HeldKv:
+    return cluster_pb2.HeldKv(
+        attempt=attempt_to_proto(held.attempt),
+        first_layer=held.first_layer,
+        num_layers=held.num_layers,
+        tokens=held.tokens,
+    )
 
 
 def _prefill(prefill: cluster_pb2.Prefill) -> messages.Prefill:
@@ -90,6 +116,18 @@ def _decode(decode: cluster_pb2.Decode) -> messages.Decode:
         generated=np.array(decode.generated, np.int64).astype(np.int32),
         generation=_generation(decode.generation),
         kv_timeout_s=decode.kv_timeout_ms / 1e3,
+        stages=tuple(_stage(stage) for stage in decode.stages),
+        copies=tuple(_copy(copy) for copy in decode.copies),
+        resume_from=attempt_from_proto(decode.resume_from) if decode.HasField("resume_from") else None,
+        resume_tokens=decode.resume_tokens,
+    )
+
+
+def _hold(hold: cluster_pb2.Hold) -> messages.Hold:
+    return messages.Hold(
+        attempt=attempt_from_proto(hold.attempt),
+        resume_from=attempt_from_proto(hold.resume_from),
+        resume_tokens=hold.resume_tokens,
     )
 
 
@@ -122,6 +160,30 @@ def _target(target: cluster_pb2.KvTarget) -> KvTarget:
         first_layer=target.first_layer,
         num_layers=target.num_layers,
         backup=target.backup,
+    )
+
+
+def _stage(stage: cluster_pb2.Stage) -> Stage:
+    return Stage(
+        node_id=NodeId(stage.node_id),
+        address=stage.address,
+        host_id=stage.host_id,
+        first_layer=stage.first_layer,
+        num_layers=stage.num_layers,
+    )
+
+
+def _copy(copy: cluster_pb2.Copy) -> KvCopy:
+    return KvCopy(source=NodeId(copy.source_node_id), target=_target(copy.target), from_token=copy.from_token)
+
+
+def _copy_lost(event: messages.CopyLost) -> cluster_pb2.CopyLost:
+    return cluster_pb2.CopyLost(
+        attempt=attempt_to_proto(event.attempt),
+        holder_node_id=event.holder,
+        first_layer=event.first_layer,
+        num_layers=event.num_layers,
+        message=event.message,
     )
 
 

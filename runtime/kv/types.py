@@ -36,6 +36,46 @@ class KvTarget:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One part of a decode pipeline: a node and the layers it carries. A node may carry several."""
+
+    node_id: NodeId
+    address: str
+    """host:port of its StageExchange and KvExchange."""
+    host_id: str
+    first_layer: int
+    num_layers: int
+
+    @property
+    def layers(self) -> range:
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvCopy:
+    """`source` keeps a copy of its KV of these layers on `target`."""
+
+    source: NodeId
+    target: KvTarget
+    from_token: int
+    """Position of the first row to copy; what is before it is there already, or on its way from the prefill node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldKv:
+    """KV on a node: the first `tokens` positions of a range of layers."""
+
+    attempt: Attempt
+    first_layer: int
+    num_layers: int
+    tokens: int
+
+    @property
+    def layers(self) -> range:
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TransferStats:
     """How a prompt's KV travelled."""
 
