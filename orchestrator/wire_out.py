@@ -105,8 +105,9 @@ def _target_to_proto(target: KvTarget) -> cluster_pb2.KvTarget:
         node_id=target.node_id,
         address=target.address,
         host_id=target.host_id,
-        first_layer=target.first_layer,
-        num_layers=target.num_layers,
+        first_layer=target.layers.first,
+        num_layers=target.layers.count,
+        backup=target.backup,
     )
 
 

@@ -8,12 +8,14 @@ from edgellm.orchestrator.core.values import (
     ConnectionId,
     FinishReason,
     Generation,
+    KvCopy,
     KvTarget,
     NodeId,
     NodeState,
     RequestId,
     RequestStats,
     SampledToken,
+    StageAddress,
 )
 
 
@@ -47,7 +49,7 @@ class StartPrefill:
     generated: tuple[int, ...]
     generation: Generation
     targets: tuple[KvTarget, ...]
-    """Empty: the node keeps the KV and will be told to decode."""
+    """Empty: the node keeps the KV and will be told to decode. KV for a target that is the node itself stays there."""
     degraded: bool
 
 
@@ -58,6 +60,33 @@ class StartDecode:
     prompt: tuple[int, ...]
     generated: tuple[int, ...]
     generation: Generation
+    stages: tuple[StageAddress, ...] = ()
+    """The pipeline in order: the first batches, the last samples. Empty: this node alone."""
+    copies: tuple[KvCopy, ...] = ()
+    """To keep up from now on, also those of other nodes' stages."""
+    resume_from: AttemptId | None = None
+    """What the node holds under this older attempt belongs to the new one, and its first `resume_tokens` positions are
+    computed already. A node that lacks what it should carry answers AttemptFailed(transfer)."""
+    resume_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldCopies:
+    """To a node that only holds copies of the attempt: they belong to `attempt` now, cut to `resume_tokens`."""
+
+    connection: ConnectionId
+    attempt: AttemptId
+    resume_from: AttemptId
+    resume_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectAttempt:
+    """Keep these copies from now on, in place of those the node keeps of the same layers."""
+
+    connection: ConnectionId
+    attempt: AttemptId
+    copies: tuple[KvCopy, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

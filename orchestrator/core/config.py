@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from edgellm.orchestrator.core.values import Layers
+
 
 class CoreConfigError(ValueError):
     """A value of the configuration makes no sense; the message names it."""
@@ -15,6 +17,8 @@ class CoreConfig:
     kv_contract_sha256: str
     num_layers: int
     block_tokens: int
+    stages: tuple[Layers, ...] = ()
+    """How the plan cuts the decode graph, in order; empty: one stage of all layers."""
     first_epoch: int = 0
     """Epochs count on from here. Nodes remember epochs, so a restarted orchestrator must begin above the one before."""
     heartbeat_interval_s: float = 0.1

@@ -7,10 +7,13 @@ from edgellm.orchestrator.core.values import (
     AttemptId,
     ConnectionId,
     FailureKind,
+    HeldKv,
     KvTransfer,
+    Layers,
     NodeId,
     NodeLoad,
     NodeProfile,
+    RecoveredRequest,
     RequestId,
     RequestSpec,
     SampledToken,
@@ -21,6 +24,8 @@ from edgellm.orchestrator.core.values import (
 class NodeJoined:
     connection: ConnectionId
     profile: NodeProfile
+    held: tuple[HeldKv, ...] = ()
+    """What its process still has of requests that an orchestrator, this one or one before it, gave it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class PrefillDone:
 
 @dataclass(frozen=True, kw_only=True)
 class KvSent:
-    """The decode node has all KV of the prompt; the prefill node has freed its own."""
+    """Every stage has all KV of the prompt; the prefill node has freed its own, unless it carries or keeps a part."""
 
     connection: ConnectionId
     attempt: AttemptId
@@ -81,6 +86,34 @@ class AttemptReleased:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineBroken:
+    """The node cannot reach the next stage. It dropped nothing: the attempts wait for a release, or a new decode."""
+
+    connection: ConnectionId
+    peer: NodeId
+    attempts: tuple[AttemptId, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCopied:
+    """How far copies reach that the node holds for others."""
+
+    connection: ConnectionId
+    copies: tuple[HeldKv, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyLost:
+    """The node stopped keeping a copy of its layers up to date; decoding goes on."""
+
+    connection: ConnectionId
+    attempt: AttemptId
+    holder: NodeId
+    layers: Layers
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestSubmitted:
     spec: RequestSpec
 
@@ -91,6 +124,13 @@ class RequestEnded:
 
     request_id: RequestId
     reason: Literal["cancelled", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsRecovered:
+    """What the journal of an earlier orchestrator has not seen end. The first event of all, where it comes."""
+
+    requests: tuple[RecoveredRequest, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

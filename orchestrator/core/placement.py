@@ -5,7 +5,7 @@ from edgellm.orchestrator.core.nodes import Node
 from edgellm.orchestrator.core.policy import Placement, Policy, WaitingRequest
 from edgellm.orchestrator.core.requests import Prefilling, Queued, Request
 from edgellm.orchestrator.core.state import ClusterState
-from edgellm.orchestrator.core.values import AttemptId, KvTarget
+from edgellm.orchestrator.core.values import AttemptId, KvTarget, Layers
 
 
 def place_waiting(state: ClusterState, policy: Policy) -> None:
@@ -66,6 +66,5 @@ def _target(state: ClusterState, node: Node) -> KvTarget:
         node_id=node.profile.node_id,
         address=node.profile.exchange_address,
         host_id=node.profile.host_id,
-        first_layer=0,
-        num_layers=state.config.num_layers,
+        layers=Layers(0, state.config.num_layers),
     )

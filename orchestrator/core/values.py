@@ -9,7 +9,8 @@ ConnectionId = NewType("ConnectionId", int)
 """One process of a node, from its hello to its loss: a node that comes back has another connection."""
 
 Role: TypeAlias = Literal["prefill", "decode"]
-NodeState: TypeAlias = Literal["ready", "suspect", "dead"]
+NodeState: TypeAlias = Literal["ready", "suspect", "draining", "dead"]
+"""`draining`: alive, but far slower than usual or out of a peer's reach: gets nothing new, and what it has is moved."""
 PrefillPath: TypeAlias = Literal["remote", "local", "degraded"]
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "error"]
 FailureKind: TypeAlias = Literal["engine", "transfer", "capacity", "request"]
@@ -21,6 +22,25 @@ class AttemptId:
 
     request_id: RequestId
     epoch: int
+
+
+@dataclass(frozen=True, order=True)
+class Layers:
+    """A range of a model's layers."""
+
+    first: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The layer after the last."""
+        return self.first + self.count
+
+    def __contains__(self, other: "Layers") -> bool:
+        return self.first <= other.first and other.end <= self.end
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.end - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +99,12 @@ class EngineProfile:
     precision: str
     max_sequences: int
     max_seq_len: int
+    planned: bool = False
+    """The engine this node was started for; the others are there in case a device dies."""
+
+    @property
+    def layers(self) -> Layers:
+        return Layers(self.first_layer, self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +122,17 @@ class NodeProfile:
     exchange_address: str
     host_id: str
     kv_bytes_per_token: int
+    spare: bool = False
+    """A decode node that takes no requests of its own: it holds copies, and takes over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldKv:
+    """KV on a node: the first `tokens` positions of a range of layers."""
+
+    attempt: AttemptId
+    layers: Layers
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +163,45 @@ class KvTransfer:
 
 @dataclass(frozen=True, kw_only=True)
 class KvTarget:
-    """A node that prompt KV is sent to, and the layers it wants."""
+    """A node that KV is sent to, and the layers it wants."""
 
     node_id: NodeId
     address: str
     host_id: str
-    first_layer: int
-    num_layers: int
+    layers: Layers
+    backup: bool = False
+    """Holds a copy: whatever happens to it costs protection, never the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageAddress:
+    """One part of a pipeline as its nodes see it: who carries these layers, and where."""
+
+    node_id: NodeId
+    address: str
+    host_id: str
+    layers: Layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCopy:
+    """`source` keeps a copy of its KV of `target.layers` on `target`, from position `from_token` on."""
+
+    source: NodeId
+    target: KvTarget
+    from_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveredRequest:
+    """A request that was under way when an earlier orchestrator ended, as its journal has it."""
+
+    spec: RequestSpec
+    tokens: tuple[int, ...]
+    attempt: AttemptId | None
+    """The last one that was started; None where none was."""
+    stages: tuple[tuple[NodeId, Layers], ...] = ()
+    """Who carried what in that attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from edgellm.orchestrator.core.values import (
     FailureKind,
     Generation,
     KvTarget,
+    Layers,
     NodeId,
     NodeLoad,
     NodeProfile,
@@ -131,8 +132,8 @@ def _prefill(connection: ConnectionId, prefill: cluster_pb2.Prefill) -> StartPre
             node_id=NodeId(target.node_id),
             address=target.address,
             host_id=target.host_id,
-            first_layer=target.first_layer,
-            num_layers=target.num_layers,
+            layers=Layers(target.first_layer, target.num_layers),
+            backup=target.backup,
         )
         for target in prefill.targets
     ]
