@@ -1,5 +1,6 @@
 """Who holds which KV blocks of this node, and when they may be given back."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,17 +10,24 @@ from edgellm.runtime.kv.types import Attempt
 
 @dataclass(kw_only=True, eq=False)
 class _Holding:
+    attempt: Attempt
     blocks: list[BlockId]
-    pinned: bool = False
+    pins: int = 0
+    """Running steps that read or write the blocks."""
     dropped: bool = False
 
 
 class BlockLedger:
-    """Blocks by attempt. Blocks of a step that is running are pinned: dropping them frees them when the step ends."""
+    """Blocks by attempt. Blocks of a step that is running are pinned: dropping them frees them when the step ends.
+
+    A takeover gives an attempt's blocks to the next attempt. Steps that run meanwhile still know them by the old one.
+    """
 
     def __init__(self, pool: KvPool) -> None:
         self.pool = pool
         self._holdings: dict[Attempt, _Holding] = {}
+        self._pinned: defaultdict[Attempt, list[_Holding]] = defaultdict(list)
+        """By the attempt under which a step knows them."""
 
     def __contains__(self, attempt: Attempt) -> bool:
         """Whether the attempt holds blocks, dropped or not."""
@@ -38,8 +46,21 @@ class BlockLedger:
         if attempt in self._holdings:
             raise ValueError(f"{attempt} already holds KV blocks")
         blocks = self.pool.allocate(self.pool.contract.blocks_for(tokens))
-        self._holdings[attempt] = _Holding(blocks=blocks)
+        self._holdings[attempt] = _Holding(attempt=attempt, blocks=blocks)
         return blocks
+
+    def rename(self, old: Attempt, new: Attempt) -> None:
+        """Give the blocks of one attempt to another, pinned or not. Nothing is reserved under the old one again.
+
+        Raises KeyError if there are none, or they were dropped; ValueError if the other attempt holds some.
+        """
+        if new in self._holdings:
+            raise ValueError(f"{new} already holds KV blocks")
+        if self._holdings[old].dropped:
+            raise KeyError(old)
+        holding = self._holdings.pop(old)
+        holding.attempt = new
+        self._holdings[new] = holding
 
     def blocks(self, attempt: Attempt) -> list[BlockId]:
         """Blocks of an attempt in token order. Raises KeyError if it holds none."""
@@ -48,15 +69,18 @@ class BlockLedger:
     def pin(self, attempts: Iterable[Attempt]) -> None:
         """A step is about to read and write these attempts' blocks."""
         for attempt in attempts:
-            self._holdings[attempt].pinned = True
+            holding = self._holdings[attempt]
+            holding.pins += 1
+            self._pinned[attempt].append(holding)
 
     def unpin(self, attempts: Iterable[Attempt]) -> None:
         """The step has ended: what was dropped meanwhile is freed."""
         for attempt in attempts:
-            holding = self._holdings[attempt]
-            holding.pinned = False
-            if holding.dropped:
-                self._free(attempt)
+            holding = self._pinned[attempt].pop()
+            if not self._pinned[attempt]:
+                del self._pinned[attempt]
+            holding.pins -= 1
+            self._free_unused(holding)
 
     def drop(self, attempt: Attempt) -> None:
         """Free the attempt's blocks, at once or when the running step ends. No effect if it holds none."""
@@ -64,8 +88,7 @@ class BlockLedger:
         if holding is None:
             return
         holding.dropped = True
-        if not holding.pinned:
-            self._free(attempt)
+        self._free_unused(holding)
 
     def attempts(self) -> list[Attempt]:
         """Everyone who holds blocks."""
@@ -80,5 +103,7 @@ class BlockLedger:
                 f"is not {self.pool.num_blocks}"
             )
 
-    def _free(self, attempt: Attempt) -> None:
-        self.pool.free(self._holdings.pop(attempt).blocks)
+    def _free_unused(self, holding: _Holding) -> None:
+        if holding.dropped and not holding.pins:
+            del self._holdings[holding.attempt]
+            self.pool.free(holding.blocks)

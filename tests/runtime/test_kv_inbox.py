@@ -150,56 +150,84 @@ def test_the_fence_forgets_only_the_oldest():
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Blocks are neither lost nor given twice, and never freed under a running step."""
+    """Blocks are neither lost nor given twice, never freed under a running step, and follow their attempt's name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = BlockLedger(tiny_pool(10))
-        self.held: dict[Attempt, int] = {}
-        self.pinned: set[Attempt] = set()
+        self.held: dict[Attempt, list[int]] = {}
+        self.steps: list[dict[Attempt, Attempt]] = []
+        """Of each running step: the name it knows -> the name of today."""
         self.dropped: set[Attempt] = set()
+        self.renamed: set[Attempt] = set()
+        """Old epochs: fenced, so nothing reserves for them again."""
 
-    @rule(number=st.integers(0, 4), tokens=st.integers(1, 200))
+    @rule(number=st.integers(0, 6), tokens=st.integers(1, 200))
     def reserve(self, number, tokens):
         one, blocks = attempt(number), -(-tokens // 32)
+        if one in self.renamed:
+            return
         if one in self.held:
             with pytest.raises(ValueError, match="already"):
                 self.ledger.reserve(one, tokens)
-        elif blocks > 10 - sum(self.held.values()):
+        elif blocks > 10 - sum(map(len, self.held.values())):
             assert not self.ledger.fits(tokens)
             with pytest.raises(KvPoolExhaustedError):
                 self.ledger.reserve(one, tokens)
         else:
-            assert len(self.ledger.reserve(one, tokens)) == blocks
-            self.held[one] = blocks
+            self.held[one] = self.ledger.reserve(one, tokens)
+            assert len(self.held[one]) == blocks
 
     @rule()
     def step_starts(self):
-        if not self.pinned:
-            self.pinned = set(self.held)
-            self.ledger.pin(self.pinned)
+        step = {one: one for one in self.held if one not in self.dropped}
+        self.ledger.pin(step)
+        self.steps.append(step)
 
-    @rule()
-    def step_ends(self):
-        self.ledger.unpin(self.pinned)
-        for one in self.pinned & self.dropped:
-            del self.held[one]
-        self.pinned, self.dropped = set(), set()
+    @rule(data=st.data())
+    def step_ends(self, data):
+        if not self.steps:
+            return
+        step = self.steps.pop(data.draw(st.integers(0, len(self.steps) - 1)))
+        self.ledger.unpin(step)
+        for one in self.dropped & set(step.values()):
+            self._gone_if_unused(one)
 
-    @rule(number=st.integers(0, 4))
+    @rule(number=st.integers(0, 6))
     def drop(self, number):
         one = attempt(number)
         self.ledger.drop(one)
-        if one in self.pinned:
+        if one in self.held:
             self.dropped.add(one)
+            self._gone_if_unused(one)
+
+    @rule(old=st.integers(0, 6), new=st.integers(0, 6))
+    def rename(self, old, new):
+        one, other = attempt(old), attempt(new)
+        if other in self.renamed:
+            return
+        if other in self.held:
+            with pytest.raises(ValueError, match="already"):
+                self.ledger.rename(one, other)
+        elif one not in self.held or one in self.dropped:
+            with pytest.raises(KeyError):
+                self.ledger.rename(one, other)
         else:
-            self.held.pop(one, None)
+            self.ledger.rename(one, other)
+            self.held[other] = self.held.pop(one)
+            self.renamed.add(one)
+            self.steps = [{was: other if now == one else now for was, now in step.items()} for step in self.steps]
+
+    def _gone_if_unused(self, one):
+        if not any(one in step.values() for step in self.steps):
+            del self.held[one]
+            self.dropped.discard(one)
 
     @invariant()
     def free_and_held_are_all(self):
         self.ledger.check_integrity()
-        assert self.ledger.pool.free_blocks == 10 - sum(self.held.values())
-        assert set(self.ledger.attempts()) == set(self.held)
+        assert self.ledger.pool.free_blocks == 10 - sum(map(len, self.held.values()))
+        assert {one: self.ledger.blocks(one) for one in self.ledger.attempts()} == self.held
 
 
 TestLedger = LedgerMachine.TestCase
