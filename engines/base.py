@@ -1,13 +1,19 @@
 """The engine boundary: everything above it speaks in batches and blocks, everything below it in kernels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from edgellm.engines.kv import KvPool
 from edgellm.engines.spec import EngineSpec
+
+SumOverRanks: TypeAlias = Callable[[npt.NDArray[np.float32]], None]
+"""Adds x float32 [rows, width], a view with any strides, up over the tensor-parallel ranks: in place, and in rank order
+for each element, so that a row's sum does not depend on the rest of the step. All ranks call it equally often with
+equal shapes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,13 +1,12 @@
 """The oracle of all backends: every op of the graph in plain NumPy float32, whole rows at once, never optimised."""
 
-from collections.abc import Callable
-from typing import TypeAlias, assert_never
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
 
 from edgellm.engines import reference_ops
-from edgellm.engines.base import Batch, Output
+from edgellm.engines.base import Batch, Output, SumOverRanks
 from edgellm.engines.batch import check_batch, row_positions
 from edgellm.engines.graph import (
     Activation,
@@ -33,12 +32,9 @@ from edgellm.engines.kv_rows import Float32KvRows, KvRows, PoolKvRows
 from edgellm.engines.spec import EngineLimits, EngineSpec
 from edgellm.engines.weights import FloatArray, Int4Weight, Int8Weight, Weight, WeightStore
 
-AllReduceSum: TypeAlias = Callable[[FloatArray], FloatArray]
-"""Sum of a tensor over the tensor-parallel ranks, in rank order."""
 
-
-def _refuse_all_reduce(_x: FloatArray) -> FloatArray:
-    raise ValueError("the graph sums over tensor-parallel ranks: give ReferenceEngine an all_reduce")
+def _refuse_to_sum(_x: FloatArray) -> None:
+    raise ValueError("the graph sums over tensor-parallel ranks: give ReferenceEngine a sum_over_ranks")
 
 
 class ReferenceEngine:
@@ -55,15 +51,15 @@ class ReferenceEngine:
         spec: EngineSpec,
         pool: KvPool,
         float32_kv: bool = False,
-        all_reduce: AllReduceSum = _refuse_all_reduce,
+        sum_over_ranks: SumOverRanks = _refuse_to_sum,
     ) -> None:
         """`float32_kv` keeps KV unrounded outside of the pool. A graph cut over tensor-parallel ranks needs
-        `all_reduce`. Raises ValueError for a weight whose form is not what its op's precision says."""
+        `sum_over_ranks`. Raises ValueError for a weight whose form is not what its op's precision says."""
         self.spec = spec
         self.kv = pool
         self._graph = graph
         self._kv_rows: KvRows = Float32KvRows(pool) if float32_kv else PoolKvRows(pool)
-        self._all_reduce = all_reduce
+        self._sum_over_ranks = sum_over_ranks
         self._weights = {name: weights[name] for op in graph.ops for name in op_weights(op)}
         self._dense = {name: reference_ops.grid_values(weight) for name, weight in self._weights.items()}
         for op in graph.ops:
@@ -107,7 +103,9 @@ class ReferenceEngine:
             case SelectRows():
                 return tensors[op.x][batch.logit_rows]
             case AllReduce():
-                return self._all_reduce(tensors[op.x])
+                total = tensors[op.x].copy()
+                self._sum_over_ranks(total)
+                return total
             case _:
                 assert_never(op)
 

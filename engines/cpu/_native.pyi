@@ -91,4 +91,6 @@ class Executor:
         first_positions: npt.NDArray[np.int32],
         block_tables: npt.NDArray[np.int32],
         logit_rows: npt.NDArray[np.int32],
-    ) -> None: ...
+        begin: int = 0,
+        end: int | None = None,
+    ) -> int: ...

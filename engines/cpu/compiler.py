@@ -15,6 +15,7 @@ from edgellm.engines.graph import (
     HIDDEN,
     Activation,
     Add,
+    AllReduce,
     Attention,
     Embed,
     Graph,
@@ -133,6 +134,9 @@ class _Compiler:
                 self._ops.append(plan.AddOp(a=a, b=b, out=self._new(op.out, op.size)))
             case SelectRows():
                 self._ops.append(plan.SelectOp(x=self._read(op.x), out=self._new(op.out, op.size)))
+            case AllReduce():
+                self._views[op.out] = self._read(op.x)
+                self._ops.append(plan.AllReduceOp(x=self._views[op.out]))
             case _:
                 assert_never(op)
 

@@ -9,13 +9,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.engines.base import Batch, Output
+from edgellm.engines.base import Batch, Output, SumOverRanks
 from edgellm.engines.batch import check_batch
 from edgellm.engines.cpu import isa as isas
 from edgellm.engines.cpu._native import Executor
 from edgellm.engines.cpu.compiler import PLAN_FILE, WEIGHTS_FILE
-from edgellm.engines.cpu.plan import BACKEND_VERSION, Plan, segments
-from edgellm.engines.cpu.replay import Replay
+from edgellm.engines.cpu.plan import BACKEND_VERSION, Plan, View, segments
+from edgellm.engines.cpu.replay import Replay, native_runs
 from edgellm.engines.kv import HostKvPool
 from edgellm.engines.memory import private_memory
 from edgellm.engines.spec import EngineLimits, EngineSpec
@@ -34,8 +34,10 @@ class CpuEngine:
         pool: HostKvPool,
         threads: int | None = None,
         isa: str | None = None,
+        sum_over_ranks: SumOverRanks | None = None,
     ) -> None:
-        """`threads` defaults to the cores this process may use, `isa` to the best of `isa.available()`.
+        """`threads` defaults to the cores this process may use, `isa` to the best of `isa.available()`. A
+        tensor-parallel rank needs `sum_over_ranks`; what it raises, `forward` raises.
 
         Raises ValueError if the folder's files are damaged or of another version, or do not fit `spec` and `pool`.
         """
@@ -45,6 +47,12 @@ class CpuEngine:
         self._plan = load_plan(folder)
         _check_spec(self._plan, spec)
         _check_pool(self._plan, pool)
+        self._runs = native_runs(self._plan.ops)
+        if len(self._runs) > 1 and sum_over_ranks is None:
+            raise ValueError(
+                f"engine {spec.name} is tensor-parallel rank {spec.rank} of {spec.world}: it runs in a group"
+            )
+        self._sum_over_ranks = sum_over_ranks
         self._weights = _map_weights(folder / WEIGHTS_FILE, self._plan.weights_bytes)
         self._arena = _allocate_arena(self._plan, spec.limits)
         self._executor: Executor | None = self._build_executor(_thread_count(threads))
@@ -56,23 +64,31 @@ class CpuEngine:
         batch = _with_exact_types(batch)
         check_batch(batch, self.spec, self.kv)
         self._check_input(batch)
-        self._executor.run(
-            tokens=batch.tokens,
-            hidden=batch.hidden,
-            row_starts=batch.row_starts,
-            first_positions=batch.first_positions,
-            block_tables=batch.block_tables,
-            logit_rows=batch.logit_rows,
-        )
+        self._run(self._executor, batch)
         if self._plan.is_last_stage:
-            return Output(logits=self._output(len(batch.logit_rows)), hidden=None)
-        return Output(logits=None, hidden=self._output(int(batch.row_starts[-1])))
+            return Output(logits=self._rows(self._plan.output, len(batch.logit_rows)), hidden=None)
+        return Output(logits=None, hidden=self._rows(self._plan.output, int(batch.row_starts[-1])))
 
     def close(self) -> None:
         """Release memory and threads."""
         self._executor = None
         self._arena = np.empty(0, np.uint8)
         self._weights = np.empty(0, np.uint8)
+
+    def _run(self, executor: Executor, batch: Batch) -> None:
+        for run in self._runs:
+            rows = executor.run(
+                tokens=batch.tokens,
+                hidden=batch.hidden,
+                row_starts=batch.row_starts,
+                first_positions=batch.first_positions,
+                block_tables=batch.block_tables,
+                logit_rows=batch.logit_rows,
+                begin=run.begin,
+                end=run.end,
+            )
+            if run.summed is not None and self._sum_over_ranks is not None:
+                self._sum_over_ranks(self._rows(run.summed, rows))
 
     def _build_executor(self, threads: int) -> Executor:
         contract, limits = self._plan.contract, self.spec.limits
@@ -102,9 +118,8 @@ class CpuEngine:
         if batch.hidden is not None and batch.hidden.shape[1:] != (self._plan.hidden_size,):
             raise ValueError(f"hidden has shape {batch.hidden.shape}, needs [rows, {self._plan.hidden_size}]")
 
-    def _output(self, rows: int) -> npt.NDArray[np.float32]:
+    def _rows(self, view: View, rows: int) -> npt.NDArray[np.float32]:
         """float32 [rows, width] view of the arena."""
-        view = self._plan.output
         buffer = self._plan.buffers[view.buffer]
         offset = buffer.row_offset * self.spec.limits.max_rows
         values = self._arena[offset : offset + rows * buffer.row_bytes].view(np.float32)

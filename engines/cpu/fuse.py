@@ -57,7 +57,7 @@ class FusedAttention:
     k_rope: Rope | None
 
 
-FusedOp: TypeAlias = FusedLinear | FusedAttention | Embed | Norm | Activation | Add | SelectRows
+FusedOp: TypeAlias = FusedLinear | FusedAttention | Embed | Norm | Activation | Add | SelectRows | AllReduce
 
 
 def fuse(graph: Graph) -> tuple[FusedOp, ...]:
@@ -101,7 +101,8 @@ class _Fuser:
                 case Attention():
                     yield self._attention(op)
                 case AllReduce():
-                    raise ValueError(f"AllReduce {op.out!r}: the CPU backend does not run tensor-parallel graphs yet")
+                    self._check_all_reduce(op)
+                    yield op
                 case _:
                     yield op
 
@@ -146,6 +147,10 @@ class _Fuser:
         reader = self._readers[op.out][0]
         if not isinstance(reader, Attention) or op.out == reader.v:
             raise ValueError(f"Rope {op.out!r}: the CPU backend rotates only q and k of an attention")
+
+    def _check_all_reduce(self, op: AllReduce) -> None:
+        if not self._is_private(op.x):
+            raise ValueError(f"AllReduce {op.out!r}: the CPU backend sums in place, so nothing else may read its input")
 
     def _is_private(self, name: TensorName) -> bool:
         return len(self._readers[name]) == 1 and name != self._graph.output

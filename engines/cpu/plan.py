@@ -157,8 +157,24 @@ class SelectOp(msgspec.Struct, frozen=True, kw_only=True, tag="SelectOp"):
     out: View
 
 
+class AllReduceOp(msgspec.Struct, frozen=True, kw_only=True, tag="AllReduceOp"):
+    """Add x up over the tensor-parallel ranks, in place. The native executor stops before it, and goes on after."""
+
+    x: View
+
+
 PlanOp: TypeAlias = (
-    InputOp | EmbedOp | NormOp | PrepareOp | LinearOp | StoreKvOp | AttendOp | ActivateOp | AddOp | SelectOp
+    InputOp
+    | EmbedOp
+    | NormOp
+    | PrepareOp
+    | LinearOp
+    | StoreKvOp
+    | AttendOp
+    | ActivateOp
+    | AddOp
+    | SelectOp
+    | AllReduceOp
 )
 
 

@@ -1,10 +1,33 @@
 """A plan, replayed op by op onto the native executor: names become offsets."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 from edgellm.engines.cpu import plan
 from edgellm.engines.cpu._native import Executor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Native ops `begin` to `end`, run in one call; after them, `summed` is added up over the ranks."""
+
+    begin: int
+    end: int
+    summed: plan.View | None
+
+
+def native_runs(ops: Sequence[plan.PlanOp]) -> tuple[Run, ...]:
+    """A plan's ops between its all-reduces: one run where there are none."""
+    runs: list[Run] = []
+    begin = end = 0
+    for op in ops:
+        if isinstance(op, plan.AllReduceOp):
+            runs.append(Run(begin=begin, end=end, summed=op.x))
+            begin = end
+        else:
+            end += 1
+    return (*runs, Run(begin=begin, end=end, summed=None))
 
 
 class Replay:
@@ -42,6 +65,8 @@ class Replay:
                 self._executor.add(a=a, b=b, out=out, size=op.out.width)
             case plan.SelectOp():
                 self._executor.select(x=self._rows(op.x), out=self._rows(op.out), size=op.out.width)
+            case plan.AllReduceOp():
+                pass  # not native: `native_runs` cut the plan here
             case _:
                 assert_never(op)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgellm.builder.partition import PartitionError, cut_stages, layer_ops, shard
-from edgellm.engines.base import Batch
+from edgellm.engines.base import Batch, SumOverRanks
 from edgellm.engines.graph import AllReduce, Attention, Graph, Int4, Linear, check, linears
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.engines.reference import ReferenceEngine, reference_spec
@@ -72,18 +72,17 @@ def test_stages_composed_are_the_whole(
     assert composed.tobytes() == whole.tobytes()
 
 
-def sum_in_rank_order(world: int) -> list[Callable[[FloatArray], FloatArray]]:
-    """One all-reduce per rank, for engines that run in threads of their own."""
+def sum_in_rank_order(world: int) -> list[SumOverRanks]:
+    """One per rank, for engines that run in threads of their own."""
     barrier = threading.Barrier(world, timeout=30)
     parts: list[FloatArray | None] = [None] * world
 
-    def reduce_for(rank: int) -> Callable[[FloatArray], FloatArray]:
-        def reduce(x: FloatArray) -> FloatArray:
-            parts[rank] = x
+    def reduce_for(rank: int) -> SumOverRanks:
+        def reduce(x: FloatArray) -> None:
+            parts[rank] = x.copy()
             barrier.wait()
-            total = np.sum([part for part in parts if part is not None], axis=0, dtype=np.float32)
+            x[...] = np.sum([part for part in parts if part is not None], axis=0, dtype=np.float32)
             barrier.wait()
-            return total
 
         return reduce
 
@@ -100,8 +99,8 @@ def test_ranks_summed_are_the_whole(
     assert whole is not None
     shards = [shard(graph, weights, rank, 2) for rank in range(2)]
     ranks = [
-        engine(part, part_weights, all_reduce=all_reduce)
-        for (part, part_weights), all_reduce in zip(shards, sum_in_rank_order(2), strict=True)
+        engine(part, part_weights, sum_over_ranks=sum_over_ranks)
+        for (part, part_weights), sum_over_ranks in zip(shards, sum_in_rank_order(2), strict=True)
     ]
     with ThreadPoolExecutor(2) as threads:
         outputs = list(threads.map(lambda rank: rank.forward(prompt(tokens)).logits, ranks))

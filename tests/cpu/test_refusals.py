@@ -139,10 +139,17 @@ def compile_changed(kit, model, tmp_path, *, graph=None, **weights):
     )
 
 
-def test_all_reduce(kit, model, tmp_path):
+def test_a_sum_over_ranks_of_what_others_read(kit, model, tmp_path):
     ops = (*model.graph.ops, AllReduce(out=TensorName("sum"), x=model.graph.output, size=101))
-    with pytest.raises(ValueError, match="AllReduce 'sum'"):
-        compile_changed(kit, model, tmp_path, graph=replace(model.graph, ops=ops, output=TensorName("sum")))
+    with pytest.raises(ValueError, match=r"AllReduce 'sum': .* sums in place"):
+        compile_changed(kit, model, tmp_path, graph=replace(model.graph, ops=ops))
+
+
+def test_a_rank_alone(kit, model, loader, pool):
+    ops = (*model.graph.ops, AllReduce(out=TensorName("sum"), x=model.graph.output, size=101))
+    graph = replace(model.graph, ops=ops, output=TensorName("sum"))
+    with pytest.raises(ValueError, match="reference is tensor-parallel rank 0 of 1: it runs in a group"):
+        loader.cpu(model, graph, isa="portable", pool=pool)
 
 
 def test_a_weight_of_another_form(kit, model, tmp_path):

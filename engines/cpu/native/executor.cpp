@@ -27,12 +27,15 @@ KvLayer Executor::kv_layer(std::int64_t layer) const {
   return {kv_.data + layer * kv_.num_blocks * kv_.block_bytes, kv_.block_bytes, kv_.kv_heads, kv_.head_dim};
 }
 
-void Executor::run(const BatchView& batch) {
-  place(batch);
-  rows_ = batch.rows;
-  for (const Op& op : ops_) {
-    std::visit([&](const auto& alternative) { run_op(alternative, batch); }, op);
+std::int64_t Executor::run(const BatchView& batch, std::int64_t begin, std::int64_t end) {
+  if (begin == 0) {
+    place(batch);
+    rows_ = batch.rows;
   }
+  for (std::int64_t i = begin; i < end; ++i) {
+    std::visit([&](const auto& alternative) { run_op(alternative, batch); }, ops_[i]);
+  }
+  return rows_;
 }
 
 void Executor::place(const BatchView& batch) {

@@ -77,9 +77,11 @@ class Executor {
   const KernelTable& kernels() const { return kernels_; }
   KvLayer kv_layer(std::int64_t layer) const;
   void add(Op op) { ops_.push_back(op); }
+  std::int64_t size() const { return static_cast<std::int64_t>(ops_.size()); }
 
-  // Runs all ops in order. Allocates nothing. The batch must have been validated.
-  void run(const BatchView& batch);
+  // Runs ops [begin, end) in order: a step is all of them, in one call or in several, each from where the last ended.
+  // Returns the rows that the step has then. Allocates nothing. The batch must have been validated.
+  std::int64_t run(const BatchView& batch, std::int64_t begin, std::int64_t end);
 
  private:
   void place(const BatchView& batch);

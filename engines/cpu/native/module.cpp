@@ -130,8 +130,9 @@ class Native {
 
   void select(RowsAt x, RowsAt out, std::int64_t size) { executor_.add(SelectOp{rows(x), rows(out), size}); }
 
-  void run(std::optional<Ints> tokens, std::optional<Floats> hidden, const Ints& row_starts,
-           const Ints& first_positions, const IntTable& block_tables, const Ints& logit_rows) {
+  std::int64_t run(std::optional<Ints> tokens, std::optional<Floats> hidden, const Ints& row_starts,
+                   const Ints& first_positions, const IntTable& block_tables, const Ints& logit_rows,
+                   std::int64_t begin, std::optional<std::int64_t> end) {
     const BatchView batch{.rows = static_cast<std::int64_t>(tokens ? tokens->shape(0) : hidden->shape(0)),
                           .sequences = static_cast<std::int64_t>(first_positions.shape(0)),
                           .selected = static_cast<std::int64_t>(logit_rows.shape(0)),
@@ -143,7 +144,7 @@ class Native {
                           .table_width = static_cast<std::int64_t>(block_tables.shape(1)),
                           .logit_rows = logit_rows.data()};
     const nb::gil_scoped_release released;
-    executor_.run(batch);
+    return executor_.run(batch, begin, end.value_or(executor_.size()));
   }
 
  private:
@@ -215,5 +216,5 @@ NB_MODULE(_native, module) {
       .def("add", &Native::add, nb::kw_only(), "a"_a, "b"_a, "out"_a, "size"_a)
       .def("select", &Native::select, nb::kw_only(), "x"_a, "out"_a, "size"_a)
       .def("run", &Native::run, nb::kw_only(), "tokens"_a.none(), "hidden"_a.none(), "row_starts"_a,
-           "first_positions"_a, "block_tables"_a, "logit_rows"_a);
+           "first_positions"_a, "block_tables"_a, "logit_rows"_a, "begin"_a = 0, "end"_a = nb::none());
 }
