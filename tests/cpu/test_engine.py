@@ -41,9 +41,9 @@ def row_errors(found, expected):
 
 
 def rounds_activations(isa, precision):
-    """Whether activations are rounded, to bf16 or 15 bits, where the interpreter keeps float32."""
-    bf16 = isa in ("amx", "avx512") and (precision == Half() or getattr(precision, "outliers", 0) > 0)
-    return bf16 or precision == Int8(act_bits=16)
+    """Whether activations are rounded, to bf16 or 15 bits, where the interpreter keeps float32. AMX attends in bf16."""
+    bf16 = isa == "avx512" and (precision == Half() or getattr(precision, "outliers", 0) > 0)
+    return isa == "amx" or bf16 or precision == Int8(act_bits=16)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
@@ -75,7 +75,8 @@ def test_four_bit_activations(kit, loader, isa):
     model = kit.model("llama", precision, sizes_for(kit, precision))
     expected = two_prompts_then_one_token(kit, loader.reference(model))
     found = two_prompts_then_one_token(kit, loader.cpu(model, isa=isa))
-    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.97
+    attends_in_bf16 = isa == "amx"  # flips more of them
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > (0.93 if attends_in_bf16 else 0.97)
 
 
 def test_outputs_are_views_of_the_selected_rows(kit, loader, isa):

@@ -10,7 +10,8 @@ from edgellm.engines.cpu import pack
 from edgellm.engines.cpu._native import Executor
 from edgellm.engines.cpu.pack_linear import INT16_MAX
 
-KV_HEADS, HEAD_DIM, GROUP, NUM_BLOCKS = 2, 20, 3, 8
+KV_HEADS, HEAD_DIM, GROUP, NUM_BLOCKS = 2, 20, 3, 24
+BLOCK_TABLE = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
 
 
 @dataclass
@@ -67,7 +68,7 @@ def run(executor, rows, *, tokens=None, position=0):
         hidden=None,
         row_starts=np.array([0, rows], np.int32),
         first_positions=np.array([position], np.int32),
-        block_tables=np.array([[5, 2, 7, 0, 3]], np.int32),
+        block_tables=BLOCK_TABLE[None],
         logit_rows=np.zeros(0, np.int32),
     )
 
@@ -350,22 +351,71 @@ def test_store_kv(isa, dtype, rotary_dim, rows, position):
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
-@pytest.mark.parametrize(("rows", "position"), [(1, 0), (1, 31), (1, 64), (33, 0), (70, 17), (3, 157)])
-def test_attend(isa, dtype, rows, position):
-    def compute(name):
-        memory, q, _, _, out = attention_memory(rows)
-        rng = np.random.default_rng(4)
-        pool = pool_of(dtype)
-        if dtype == "fp16":
-            pool.view(np.float16)[:] = rng.standard_normal(len(pool) // 2)
-        else:
-            pool[:] = rng.integers(0, 256, len(pool))
-            scales = pool.reshape(NUM_BLOCKS, -1)[:, 2 * 32 * KV_HEADS * HEAD_DIM :]
-            scales[:] = rng.uniform(0.001, 0.02, (NUM_BLOCKS, scales.shape[1] // 2)).astype(np.float16).view(np.uint8)
-        executor = memory.executor(name, rows, dtype=dtype, pool=pool)
-        executor.attend(dtype=dtype, layer=0, q=q, out=out, num_heads=KV_HEADS * GROUP, scale=0.3)
-        run(executor, rows, position=position)
-        return memory.view(out, rows, KV_HEADS * GROUP * HEAD_DIM)
+def random_pool(dtype):
+    rng = np.random.default_rng(4)
+    pool = pool_of(dtype)
+    if dtype == "fp16":
+        pool.view(np.float16)[:] = rng.standard_normal(len(pool) // 2)
+        return pool
+    pool[:] = rng.integers(0, 256, len(pool))
+    scales = pool.reshape(NUM_BLOCKS, -1)[:, 2 * 32 * KV_HEADS * HEAD_DIM :]
+    scales[:] = rng.uniform(0.001, 0.02, (NUM_BLOCKS, scales.shape[1] // 2)).astype(np.float16).view(np.uint8)
+    return pool
 
-    np.testing.assert_allclose(*both(isa, compute), rtol=1e-4, atol=2e-5)
+
+def attended(isa, dtype, pool, queries, position):
+    """Attention of rows of queries [rows, heads * head_dim] from `position` on."""
+    rows, width = queries.shape
+    memory = Memory()
+    q, out = memory.rows(rows, width), memory.rows(rows, width)
+    memory.view(q, rows, width)[:] = queries
+    executor = memory.executor(isa, rows, dtype=dtype, pool=pool)
+    executor.attend(dtype=dtype, layer=0, q=q, out=out, num_heads=KV_HEADS * GROUP, scale=0.3)
+    run(executor, rows, position=position)
+    return memory.view(out, rows, width).copy()
+
+
+def random_queries(rows):
+    return 2 * random(rows, KV_HEADS * GROUP * HEAD_DIM)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize(
+    ("rows", "position"),
+    [(1, 0), (1, 31), (1, 64), (33, 0), (70, 17), (3, 157), (1, 255), (1, 256), (5, 600), (90, 220), (100, 500)],
+)
+def test_attend(isa, dtype, rows, position):
+    """Within, up to and over the ends of blocks and segments; few and many rows."""
+    pool, queries = random_pool(dtype), random_queries(rows)
+    found, expected = both(isa, lambda name: attended(name, dtype, pool, queries, position))
+    if isa == "amx":  # multiplies in bf16
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+        return
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("position", [0, 250, 520])
+def test_attention_of_a_row_does_not_depend_on_its_company(isa, dtype, position):
+    """One row's context is computed in segments, by two threads; many rows walk it whole."""
+    pool, queries = random_pool(dtype), random_queries(95)
+    together = attended(isa, dtype, pool, queries, position)
+    for row in (0, 1, 15, 16, 84, 85, 94):
+        alone = attended(isa, dtype, pool, queries[row : row + 1], position + row)
+        assert alone[0].tobytes() == together[row].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("garbage", [np.inf, np.nan])
+def test_values_of_later_rows_do_not_leak(isa, dtype, garbage):
+    """A later row of the same step may have overflowed."""
+    queries, position, bad = random_queries(40), 230, 258
+    clean = attended(isa, dtype, random_pool(dtype), queries, position)
+    pool = random_pool(dtype)
+    block = pool.reshape(NUM_BLOCKS, -1)[BLOCK_TABLE[bad // 32]].view(np.float16)
+    slots = {"fp16": (2, 32, -1), "int8": (2, 32, KV_HEADS)}[dtype]
+    kept = block if dtype == "fp16" else block[-2 * 32 * KV_HEADS :]  # int8's infinities are in its scales
+    kept.reshape(slots)[:, bad % 32] = garbage
+    dirty = attended(isa, dtype, pool, queries, position)
+    assert dirty[: bad - position].tobytes() == clean[: bad - position].tobytes()
+    assert not np.isfinite(dirty[bad - position :]).any()

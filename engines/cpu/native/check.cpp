@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_plan.hpp"
 #include "half.hpp"
 #include "isa.hpp"
 #include "thread_pool.hpp"
@@ -46,14 +47,14 @@ std::vector<std::uint16_t> random_halves(std::size_t count, unsigned seed) {
   return halves;
 }
 
-void compare(const std::string& what, const Floats& found, const Floats& expected) {
+void compare(const std::string& what, const Floats& found, const Floats& expected, float tolerance = 1e-4F) {
   float error = 0.0F;
   float largest = 1e-6F;
   for (std::size_t i = 0; i < found.size(); ++i) {
     error = std::isfinite(found[i]) ? std::fmax(error, std::fabs(found[i] - expected[i])) : INFINITY;
     largest = std::fmax(largest, std::fabs(expected[i]));
   }
-  if (!(error <= 1e-4F * largest)) {
+  if (!(error <= tolerance * largest)) {
     std::printf("%s: error %g of %g\n", what.c_str(), static_cast<double>(error), static_cast<double>(largest));
     ++failures;
   }
@@ -145,7 +146,7 @@ Floats run_cache(const KernelTable& kernels, const CacheCase& c) {
   Floats k = random_floats(total * kv_width, 2);
   Floats v = random_floats(total * kv_width, 3);
   Floats out(total * heads);
-  Floats scratch(attend_scratch_floats(c.head_dim));
+  const AlignedFloats scratch = aligned_floats(attend_scratch_floats(c.head_dim));
   Bytes pool((total + kBlockTokens - 1) / kBlockTokens * c.block_bytes(), 0xff);
   const Floats rotation = random_floats(total * 4, 4);
   std::vector<std::int32_t> positions(total), blocks(total), table;
@@ -166,10 +167,15 @@ Floats run_cache(const KernelTable& kernels, const CacheCase& c) {
                           {positions.data(), blocks.data()},
                           kv};
   (c.is_int8 ? kernels.store_kv_int8 : kernels.store_kv_fp16)(store, 0, total);
-  const AttendTask task{static_cast<std::int32_t>(c.first_position), static_cast<std::int32_t>(c.rows),
-                        static_cast<std::int32_t>(c.first_position), table.data()};
-  const AttendArgs attend{{q.data(), heads}, {out.data(), heads}, &task, c.num_heads, 0.3F, kv};
-  (c.is_int8 ? kernels.attend_int8 : kernels.attend_fp16)(attend, 0, c.kv_heads, scratch.data());
+  AttentionPlan plan(c.kv_heads, c.num_heads / c.kv_heads, c.head_dim, c.rows);
+  const auto first = static_cast<std::int32_t>(c.first_position);
+  plan.add({first, static_cast<std::int32_t>(c.rows), first, table.data()});
+  const AttendArgs attend{
+      {q.data(), heads}, {out.data(), heads}, plan.pieces().data(), plan.split().data(), c.num_heads, 0.3F, kv};
+  const auto pieces = static_cast<std::int64_t>(plan.pieces().size());
+  const auto split = static_cast<std::int64_t>(plan.split().size());
+  (c.is_int8 ? kernels.attend_int8 : kernels.attend_fp16)(attend, 0, pieces * c.kv_heads, scratch.get());
+  kernels.merge_segments(attend, 0, split * c.kv_heads, scratch.get());
   return out;
 }
 
@@ -213,9 +219,11 @@ void check_isa(const std::string& isa) {
     }
   }
   for (const bool is_int8 : {false, true}) {
-    for (const CacheCase& c :
-         {CacheCase{is_int8, 1, 0, 8}, CacheCase{is_int8, 21, 30, 20}, CacheCase{is_int8, 2, 70, 64}}) {
-      compare(isa + " cache of " + std::to_string(c.head_dim), run_cache(kernels, c), run_cache(twins, c));
+    for (const CacheCase& c : {CacheCase{is_int8, 1, 0, 8}, CacheCase{is_int8, 21, 30, 20},
+                               CacheCase{is_int8, 2, 570, 64}, CacheCase{is_int8, 101, 200, 36}}) {
+      // AMX multiplies in bf16.
+      compare(isa + " cache of " + std::to_string(c.head_dim), run_cache(kernels, c), run_cache(twins, c),
+              isa == "amx" ? 2e-2F : 1e-4F);
     }
   }
 }

@@ -16,11 +16,14 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 }  // namespace
 
 Executor::Executor(std::string_view isa, int threads, Limits limits, KvMemory kv)
-    : kernels_(kernels_of(isa)), kv_(kv), threads_(threads) {
+    : kernels_(kernels_of(isa)),
+      kv_(kv),
+      threads_(threads),
+      attention_(kv.kv_heads, kv.group, kv.head_dim, limits.max_rows + limits.max_sequences) {
   positions_.resize(limits.max_rows);
   blocks_.resize(limits.max_rows);
-  tasks_.reserve(limits.max_rows + limits.max_sequences);
-  scratch_.assign(threads, std::vector<float>(attend_scratch_floats(kv.head_dim)));
+  for (int thread = 0; thread < threads; ++thread)
+    scratch_.push_back(aligned_floats(attend_scratch_floats(kv.head_dim)));
 }
 
 KvLayer Executor::kv_layer(std::int64_t layer) const {
@@ -39,24 +42,15 @@ std::int64_t Executor::run(const BatchView& batch, std::int64_t begin, std::int6
 }
 
 void Executor::place(const BatchView& batch) {
-  tasks_.clear();
+  attention_.clear();
   for (std::int64_t sequence = 0; sequence < batch.sequences; ++sequence) {
     const std::int32_t* table = batch.block_tables + sequence * batch.table_width;
     for (std::int32_t row = batch.row_starts[sequence]; row < batch.row_starts[sequence + 1]; ++row) {
       positions_[row] = batch.first_positions[sequence] + row - batch.row_starts[sequence];
       blocks_[row] = table[positions_[row] / kBlockTokens];
     }
-    split_into_tasks(batch, sequence);
-  }
-}
-
-void Executor::split_into_tasks(const BatchView& batch, std::int64_t sequence) {
-  const std::int32_t end = batch.row_starts[sequence + 1];
-  const std::int64_t task_rows = kAttendVectors / kv_.group;
-  for (std::int32_t row = batch.row_starts[sequence]; row < end;) {
-    const auto rows = static_cast<std::int32_t>(std::min<std::int64_t>(end - row, task_rows));
-    tasks_.push_back({row, rows, positions_[row], batch.block_tables + sequence * batch.table_width});
-    row += rows;
+    const std::int32_t rows = batch.row_starts[sequence + 1] - batch.row_starts[sequence];
+    attention_.add({batch.row_starts[sequence], rows, batch.first_positions[sequence], table});
   }
 }
 
@@ -108,11 +102,14 @@ void Executor::run_op(const StoreKvOp& op, const BatchView&) {
 
 void Executor::run_op(const AttendOp& op, const BatchView&) {
   AttendArgs args = op.args;
-  args.tasks = tasks_.data();
-  const auto units = static_cast<std::int64_t>(tasks_.size()) * args.kv.kv_heads;
-  split(units, 1, [&](int thread, std::int64_t begin, std::int64_t end) {
-    op.kernel(args, begin, end, scratch_[thread].data());
-  });
+  args.pieces = attention_.pieces().data();
+  args.split = attention_.split().data();
+  const auto run = [&](AttendKernel kernel, std::size_t units) {
+    split(static_cast<std::int64_t>(units) * args.kv.kv_heads, 1,
+          [&](int thread, std::int64_t begin, std::int64_t end) { kernel(args, begin, end, scratch_[thread].get()); });
+  };
+  run(op.kernel, attention_.pieces().size());
+  run(op.merge, attention_.split().size());
 }
 
 void Executor::run_op(const SelectOp& op, const BatchView& batch) {

@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "attention_plan.hpp"
 #include "isa.hpp"
 #include "thread_pool.hpp"
 
@@ -58,7 +59,7 @@ struct StoreKvOp {
   StoreKvArgs args;
 };
 struct AttendOp {
-  AttendKernel kernel;
+  AttendKernel kernel, merge;
   AttendArgs args;
 };
 // out[i] = x[logit_rows[i]]; from here on the step has `selected` rows.
@@ -85,7 +86,6 @@ class Executor {
 
  private:
   void place(const BatchView& batch);
-  void split_into_tasks(const BatchView& batch, std::int64_t sequence);
   template <class Body>
   void split(std::int64_t units, std::int64_t chunk, const Body& body);
 
@@ -105,10 +105,10 @@ class Executor {
 
   // Of the current step:
   std::int64_t rows_ = 0;
-  std::vector<std::int32_t> positions_;      // [max_rows]
-  std::vector<std::int32_t> blocks_;         // [max_rows]
-  std::vector<AttendTask> tasks_;            // capacity for the worst batch
-  std::vector<std::vector<float>> scratch_;  // per thread
+  std::vector<std::int32_t> positions_;  // [max_rows]
+  std::vector<std::int32_t> blocks_;     // [max_rows]
+  AttentionPlan attention_;
+  std::vector<AlignedFloats> scratch_;  // per thread
 };
 
 }  // namespace edgellm

@@ -113,8 +113,8 @@ class Native {
 
   void attend(const std::string& dtype, std::int64_t layer, RowsAt q, RowsAt out, std::int64_t num_heads, float scale) {
     const KernelTable& k = executor_.kernels();
-    const AttendArgs args{rows(q), rows(out), nullptr, num_heads, scale, executor_.kv_layer(layer)};
-    executor_.add(AttendOp{dtype == "fp16" ? k.attend_fp16 : k.attend_int8, args});
+    const AttendArgs args{rows(q), rows(out), nullptr, nullptr, num_heads, scale, executor_.kv_layer(layer)};
+    executor_.add(AttendOp{dtype == "fp16" ? k.attend_fp16 : k.attend_int8, k.merge_segments, args});
   }
 
   void activate(const std::string& kind, RowsAt x, std::optional<RowsAt> up, RowsAt out, std::int64_t size) {

@@ -1,10 +1,8 @@
-#include "attend.hpp"
-
+// Attention in float32: keys are turned so that sixteen tokens' scores lie in lanes, and every loaded key and value
+// serves up to four vectors.
 #include <limits>
 
-#include "../half.hpp"
-#include "../simd/math.hpp"
-#include "../simd/simd.hpp"
+#include "attend_block.hpp"
 
 namespace edgellm::EDGELLM_ISA {
 
@@ -12,265 +10,186 @@ namespace {
 
 inline constexpr int kWideChunks = kTilePanels == 2 ? 4 : 1;  // 16-channel chunks whose sums stay in registers
 
-std::int64_t padded_dim(const KvLayer& kv) { return (kv.head_dim + kLanes - 1) / kLanes * kLanes; }
+template <class Block>
+class FloatKernel {
+ public:
+  // Only visible tokens are ever touched.
+  static bool must_part_rows(const Walk&) { return false; }
 
-// One block of one KV head, widened, and the state of every query vector (row * group + head) that walks the cache.
-struct State {
-  float* keys;     // [head_dim, 32]
-  float* values;   // [32, padded_dim]
-  float* queries;  // [vectors, padded_dim], times the softmax scale
-  float* sums;     // [vectors, padded_dim]
-  float* weights;  // [vectors, 32]
-  float* largest;  // [vectors]
-  float* totals;   // [vectors]
-
-  State(float* scratch, std::int64_t padded)
-      : keys(scratch),
-        values(keys + kBlockTokens * padded),
-        queries(values + kBlockTokens * padded),
-        sums(queries + kAttendVectors * padded),
-        weights(sums + kAttendVectors * padded),
-        largest(weights + kAttendVectors * kBlockTokens),
-        totals(largest + kAttendVectors) {}
-};
-
-struct Fp16Cache {
-  static void load_block(const KvLayer& kv, std::int64_t block, std::int64_t head, int tokens, State& state) {
-    const auto* keys = reinterpret_cast<const std::uint16_t*>(kv.data + block * kv.block_bytes) + head * kv.head_dim;
-    const auto* values = keys + kBlockTokens * kv.kv_heads * kv.head_dim;
-    const std::int64_t token_values = kv.kv_heads * kv.head_dim;
-    for (int t = 0; t < kBlockTokens; t += kLanes) {
-      for (std::int64_t d = 0; d < kv.head_dim; d += 2) {
-        const I32 pairs = gather_words(keys + t * token_values + d, 2 * token_values, tokens - t);
-        store(state.keys + d * kBlockTokens + t, f16_low(pairs));
-        store(state.keys + (d + 1) * kBlockTokens + t, f16_high(pairs));
+  FloatKernel(const Walk& walk, float* scratch)
+      : width_((walk.head_dim() + kLanes - 1) / kLanes * kLanes),
+        keys_(scratch),
+        values_(keys_ + kBlockTokens * width_),
+        queries_(values_ + kBlockTokens * width_),
+        weights_(queries_ + kAttendVectors * width_) {
+    const F32 scale = set1(walk.args.scale);
+    for (int v = 0; v < walk.vectors(); ++v) {
+      for (std::int64_t d = 0; d < width_; d += kLanes) {
+        const int n = static_cast<int>(walk.head_dim() - d);
+        store(queries_ + v * width_ + d, mul(load_n(walk.query(v) + d, n), scale));
       }
     }
+  }
+
+  void run(const Segment& segment, const Results& results) {
+    const int first = segment.first_seeing_vector();
+    for (int t = 0; t < segment.tokens(); t += kBlockTokens) {
+      load_keys(segment, t);
+      each_four(first, segment.walk.vectors(), [&]<int Vectors>(int v) { score<Vectors>(segment, v, t); });
+    }
+    for (int v = first; v < segment.walk.vectors(); ++v) soften(segment, v, results);
+    for (int t = 0; t < segment.tokens(); t += kBlockTokens) {
+      load_values(segment, t);
+      each_four(first, segment.walk.vectors(), [&]<int Vectors>(int v) { add<Vectors>(segment, v, t, results); });
+    }
+  }
+
+ private:
+  // body<Vectors>(v) for all vectors from `first` on, four at a time as long as there are four.
+  template <class Body>
+  static void each_four(int first, int vectors, const Body& body) {
+    int v = first;
+    for (; v + 4 <= vectors; v += 4) body.template operator()<4>(v);
+    if (vectors - v == 3) body.template operator()<3>(v);
+    if (vectors - v == 2) body.template operator()<2>(v);
+    if (vectors - v == 1) body.template operator()<1>(v);
+  }
+
+  float* weights(int v, int t) const { return weights_ + v * kSegmentTokens + t; }
+
+  static int block_tokens(const Segment& segment, int t) {
+    return std::min(segment.tokens() - t, static_cast<int>(kBlockTokens));
+  }
+
+  // keys_ [width, 32]: channel by channel, the block's tokens in lanes.
+  void load_keys(const Segment& segment, int first) {
+    constexpr std::int64_t word_values = 4 / sizeof(typename Block::Value);
+    const int tokens = block_tokens(segment, first);
+    const Block block(segment.walk, segment.walk.block(segment.first + first), tokens);
+    const std::int64_t dim = segment.walk.head_dim();
+    for (int t = 0; t < tokens; t += kLanes) {
+      for (std::int64_t d = 0; d < dim; d += kLanes * word_values) {
+        I32 words[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int n = t + i < tokens ? static_cast<int>((dim - d) / word_values) : 0;
+          words[i] = load_words_n(block.keys + (t + i) * block.stride + d, n);
+        }
+        transpose(words);
+        for (std::int64_t w = 0; w < kLanes && d + w * word_values < dim; ++w) {
+          block.spread_keys(words[w], t, keys_ + (d + w * word_values) * kBlockTokens + t);
+        }
+      }
+    }
+  }
+
+  // values_ [32, width].
+  void load_values(const Segment& segment, int first) {
+    const int tokens = block_tokens(segment, first);
+    const Block block(segment.walk, segment.walk.block(segment.first + first), tokens);
     for (int t = 0; t < tokens; ++t) {
-      for (std::int64_t d = 0; d < kv.head_dim; d += kLanes) {
-        const int n = static_cast<int>(kv.head_dim - d);
-        store(state.values + t * padded_dim(kv) + d, load_f16_n(values + t * token_values + d, n));
-      }
-    }
-  }
-};
-
-template <int Byte>
-inline F32 signed_byte(I32 words) {
-  return to_f32(shift_right_signed<24>(shift_left<24 - 8 * Byte>(words)));
-}
-
-struct Int8Cache {
-  static void load_block(const KvLayer& kv, std::int64_t block, std::int64_t head, int tokens, State& state) {
-    const std::uint8_t* base = kv.data + block * kv.block_bytes;
-    const std::int64_t token_values = kv.kv_heads * kv.head_dim;
-    const auto* keys = reinterpret_cast<const std::int8_t*>(base) + head * kv.head_dim;
-    const auto* values = keys + kBlockTokens * token_values;
-    const auto* key_scales = reinterpret_cast<const std::uint16_t*>(base + 2 * kBlockTokens * token_values) + head;
-    const auto* value_scales = key_scales + kBlockTokens * kv.kv_heads;
-    load_keys(kv, keys, key_scales, tokens, state);
-    for (int t = 0; t < tokens; ++t) {
-      const F32 scale = set1(fp16_to_float(value_scales[t * kv.kv_heads]));
-      for (std::int64_t d = 0; d < kv.head_dim; d += kLanes) {
-        const F32 q = load_i8_n(values + t * token_values + d, static_cast<int>(kv.head_dim - d));
-        store(state.values + t * padded_dim(kv) + d, mul(q, scale));
+      for (std::int64_t d = 0; d < segment.walk.head_dim(); d += kLanes) {
+        const int n = static_cast<int>(segment.walk.head_dim() - d);
+        store(values_ + t * width_ + d, block.value_lanes(t, d, n));
       }
     }
   }
 
-  static void load_keys(const KvLayer& kv, const std::int8_t* keys, const std::uint16_t* scales, int tokens,
-                        State& state) {
-    const std::int64_t token_values = kv.kv_heads * kv.head_dim;
-    float lanes[kBlockTokens] = {};
-    for (int t = 0; t < tokens; ++t) lanes[t] = fp16_to_float(scales[t * kv.kv_heads]);
-    for (int t = 0; t < kBlockTokens; t += kLanes) {
-      const F32 scale = load(lanes + t);
-      for (std::int64_t d = 0; d < kv.head_dim; d += 4) {
-        const I32 words = gather_words(keys + t * token_values + d, token_values, tokens - t);
-        float* out = state.keys + d * kBlockTokens + t;
-        store(out, mul(signed_byte<0>(words), scale));
-        store(out + kBlockTokens, mul(signed_byte<1>(words), scale));
-        store(out + 2 * kBlockTokens, mul(signed_byte<2>(words), scale));
-        store(out + 3 * kBlockTokens, mul(signed_byte<3>(words), scale));
-      }
-    }
-  }
-};
-
-// Row `first_row + v / group`, query head `kv_head * group + v % group`.
-struct Walk {
-  const AttendArgs& args;
-  const AttendTask& task;
-  std::int64_t kv_head;
-
-  std::int64_t group() const { return args.num_heads / args.kv.kv_heads; }
-  int vectors() const { return static_cast<int>(task.rows * group()); }
-  std::int64_t offset(int v, std::int64_t stride) const {
-    return (task.first_row + v / group()) * stride + (kv_head * group() + v % group()) * args.kv.head_dim;
-  }
-  // Tokens of the block that vector v may see; at most 0 when all of them are in its future.
-  int visible(int v, std::int64_t first_token) const {
-    const std::int64_t count = task.first_position + v / group() + 1 - first_token;
-    return static_cast<int>(count < kBlockTokens ? count : kBlockTokens);
-  }
-};
-
-void start(const Walk& walk, State& state) {
-  const std::int64_t padded = padded_dim(walk.args.kv);
-  const F32 scale = set1(walk.args.scale);
-  for (int v = 0; v < walk.vectors(); ++v) {
-    const float* q = walk.args.q.data + walk.offset(v, walk.args.q.stride);
-    for (std::int64_t d = 0; d < padded; d += kLanes) {
-      store(state.queries + v * padded + d, mul(load_n(q + d, static_cast<int>(walk.args.kv.head_dim - d)), scale));
-      store(state.sums + v * padded + d, zero());
-    }
-    state.largest[v] = -std::numeric_limits<float>::infinity();
-    state.totals[v] = 0.0F;
-  }
-}
-
-// Scores of the block's 32 tokens, left in `weights`; every token's sum runs over the channels in order.
-template <int Vectors>
-void score(const Walk& walk, State& state, int v) {
-  const std::int64_t padded = padded_dim(walk.args.kv);
-  F32 low[Vectors];
-  F32 high[Vectors];
-  for (int i = 0; i < Vectors; ++i) low[i] = high[i] = zero();
-  for (std::int64_t d = 0; d < walk.args.kv.head_dim; ++d) {
-    const F32 key_low = load(state.keys + d * kBlockTokens);
-    const F32 key_high = load(state.keys + d * kBlockTokens + kLanes);
-    for (int i = 0; i < Vectors; ++i) {
-      const F32 q = set1(state.queries[(v + i) * padded + d]);
-      low[i] = fma(q, key_low, low[i]);
-      high[i] = fma(q, key_high, high[i]);
-    }
-  }
-  for (int i = 0; i < Vectors; ++i) {
-    store(state.weights + (v + i) * kBlockTokens, low[i]);
-    store(state.weights + (v + i) * kBlockTokens + kLanes, high[i]);
-  }
-}
-
-// Scores to weights under the running maximum; returns what the sums so far must be multiplied with.
-float soften(State& state, int v, int visible) {
-  float* weights = state.weights + v * kBlockTokens;
-  const F32 none = set1(-std::numeric_limits<float>::infinity());
-  const F32 low = first_lanes(load(weights), none, visible);
-  const F32 high = first_lanes(load(weights + kLanes), none, visible - kLanes);
-  const float before = state.largest[v];
-  const float block_largest = reduce_max(max(low, high));
-  const float largest = block_largest > before ? block_largest : before;
-  const F32 weight_low = first_lanes(exp(sub(low, set1(largest))), zero(), visible);
-  const F32 weight_high = first_lanes(exp(sub(high, set1(largest))), zero(), visible - kLanes);
-  store(weights, weight_low);
-  store(weights + kLanes, weight_high);
-  float correction[kLanes];
-  store(correction, exp(set1(before - largest)));
-  state.largest[v] = largest;
-  state.totals[v] = state.totals[v] * correction[0] + reduce_add(add(weight_low, weight_high));
-  return correction[0];
-}
-
-// sums = sums * correction + weights . values, tokens in order; only visible tokens are ever touched.
-template <int Vectors, int Chunks>
-void accumulate_chunks(State& state, int v, const float* correction, int visible, std::int64_t padded, std::int64_t d) {
-  F32 sum[Vectors][Chunks];
-  for (int i = 0; i < Vectors; ++i) {
-    for (int c = 0; c < Chunks; ++c) {
-      sum[i][c] = mul(load(state.sums + (v + i) * padded + d + c * kLanes), set1(correction[i]));
-    }
-  }
-  for (int t = 0; t < visible; ++t) {
-    for (int c = 0; c < Chunks; ++c) {
-      const F32 value = load(state.values + t * padded + d + c * kLanes);
+  // Scores of the block's tokens; every token's sum runs over the channels in order.
+  template <int Vectors>
+  void score(const Segment& segment, int v, int first) {
+    F32 low[Vectors];
+    F32 high[Vectors];
+    for (int i = 0; i < Vectors; ++i) low[i] = high[i] = zero();
+    for (std::int64_t d = 0; d < segment.walk.head_dim(); ++d) {
+      const F32 key_low = load(keys_ + d * kBlockTokens);
+      const F32 key_high = load(keys_ + d * kBlockTokens + kLanes);
       for (int i = 0; i < Vectors; ++i) {
-        sum[i][c] = fma(set1(state.weights[(v + i) * kBlockTokens + t]), value, sum[i][c]);
+        const F32 q = set1(queries_[(v + i) * width_ + d]);
+        low[i] = fma(q, key_low, low[i]);
+        high[i] = fma(q, key_high, high[i]);
       }
     }
-  }
-  for (int i = 0; i < Vectors; ++i) {
-    for (int c = 0; c < Chunks; ++c) store(state.sums + (v + i) * padded + d + c * kLanes, sum[i][c]);
-  }
-}
-
-template <int Vectors>
-void accumulate(State& state, int v, const float* correction, int visible, std::int64_t padded) {
-  std::int64_t d = 0;
-  for (; d + kWideChunks * kLanes <= padded; d += kWideChunks * kLanes) {
-    accumulate_chunks<Vectors, kWideChunks>(state, v, correction, visible, padded, d);
-  }
-  for (; d < padded; d += kLanes) {
-    accumulate_chunks<Vectors, 1>(state, v, correction, visible, padded, d);
-  }
-}
-
-template <int Vectors>
-void attend_vectors(const Walk& walk, State& state, int v, std::int64_t first_token) {
-  const std::int64_t padded = padded_dim(walk.args.kv);
-  score<Vectors>(walk, state, v);
-  float correction[Vectors];
-  bool alike = true;
-  for (int i = 0; i < Vectors; ++i) {
-    correction[i] = soften(state, v + i, walk.visible(v + i, first_token));
-    alike = alike && walk.visible(v + i, first_token) == walk.visible(v, first_token);
-  }
-  if (alike) {
-    accumulate<Vectors>(state, v, correction, walk.visible(v, first_token), padded);
-    return;
-  }
-  for (int i = 0; i < Vectors; ++i) {
-    accumulate<1>(state, v + i, correction + i, walk.visible(v + i, first_token), padded);
-  }
-}
-
-void attend_block(const Walk& walk, State& state, std::int64_t first_token) {
-  int v = 0;
-  while (v < walk.vectors() && walk.visible(v, first_token) <= 0) ++v;
-  for (; v + 4 <= walk.vectors(); v += 4) attend_vectors<4>(walk, state, v, first_token);
-  if (v + 2 <= walk.vectors()) {
-    attend_vectors<2>(walk, state, v, first_token);
-    v += 2;
-  }
-  if (v < walk.vectors()) attend_vectors<1>(walk, state, v, first_token);
-}
-
-void write_out(const Walk& walk, const State& state) {
-  const std::int64_t padded = padded_dim(walk.args.kv);
-  for (int v = 0; v < walk.vectors(); ++v) {
-    float* out = walk.args.out.data + walk.offset(v, walk.args.out.stride);
-    const F32 total = set1(state.totals[v]);
-    for (std::int64_t d = 0; d < walk.args.kv.head_dim; d += kLanes) {
-      store_n(out + d, div(load(state.sums + v * padded + d), total), static_cast<int>(walk.args.kv.head_dim - d));
+    for (int i = 0; i < Vectors; ++i) {
+      store(weights(v + i, first), low[i]);
+      store(weights(v + i, first) + kLanes, high[i]);
     }
   }
-}
 
-template <class Cache>
-void attend(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  State state(scratch, padded_dim(args.kv));
-  for (std::int64_t unit = begin; unit < end; ++unit) {
-    const AttendTask& task = args.tasks[unit / args.kv.kv_heads];
-    const Walk walk{args, task, unit % args.kv.kv_heads};
-    start(walk, state);
-    const std::int64_t tokens = task.first_position + task.rows;
-    for (std::int64_t first = 0; first < tokens; first += kBlockTokens) {
-      const std::int64_t count = tokens - first < kBlockTokens ? tokens - first : kBlockTokens;
-      const std::int64_t block = task.blocks[first / kBlockTokens];
-      Cache::load_block(args.kv, block, walk.kv_head, static_cast<int>(count), state);
-      attend_block(walk, state, first);
+  // Scores to weights, with zeros for tokens that the vector does not see.
+  void soften(const Segment& segment, int v, const Results& results) {
+    const int visible = std::min(segment.visible(v), segment.tokens());
+    const F32 none = set1(-std::numeric_limits<float>::infinity());
+    F32 largest = none;
+    for (int t = 0; t < visible; t += kLanes) {
+      largest = max(largest, first_lanes(load(weights(v, t)), none, visible - t));
     }
-    write_out(walk, state);
+    const float peak = reduce_max(largest);
+    F32 total = zero();
+    for (int t = 0; t < visible; t += kLanes) {
+      const F32 weight = first_lanes(exp(sub(load(weights(v, t)), set1(peak))), zero(), visible - t);
+      store(weights(v, t), weight);
+      total = edgellm::EDGELLM_ISA::add(total, weight);
+    }
+    results.largest(v) = peak;
+    results.total(v) = reduce_add(total);
+    for (std::int64_t d = 0; d < width_; d += kLanes) store(results.values(v) + d, zero());
   }
-}
+
+  // The block's weights times its values, tokens in order.
+  template <int Vectors>
+  void add(const Segment& segment, int v, int first, const Results& results) {
+    const int tokens = block_tokens(segment, first);
+    const int visible = std::min(segment.visible(v) - first, tokens);
+    if (Vectors == 1 || segment.visible(v + Vectors - 1) == segment.visible(v) || visible == tokens) {
+      add_alike<Vectors>(v, first, visible, results);
+      return;
+    }
+    for (int i = 0; i < Vectors; ++i) {
+      add_alike<1>(v + i, first, std::min(segment.visible(v + i) - first, tokens), results);
+    }
+  }
+
+  template <int Vectors>
+  void add_alike(int v, int first, int visible, const Results& results) {
+    std::int64_t d = 0;
+    for (; d + kWideChunks * kLanes <= width_; d += kWideChunks * kLanes) {
+      add_chunks<Vectors, kWideChunks>(v, first, visible, results, d);
+    }
+    for (; d < width_; d += kLanes) add_chunks<Vectors, 1>(v, first, visible, results, d);
+  }
+
+  template <int Vectors, int Chunks>
+  void add_chunks(int v, int first, int visible, const Results& results, std::int64_t d) {
+    F32 sum[Vectors][Chunks];
+    for (int i = 0; i < Vectors; ++i) {
+      for (int c = 0; c < Chunks; ++c) sum[i][c] = load(results.values(v + i) + d + c * kLanes);
+    }
+    for (int t = 0; t < visible; ++t) {
+      for (int c = 0; c < Chunks; ++c) {
+        const F32 value = load(values_ + t * width_ + d + c * kLanes);
+        for (int i = 0; i < Vectors; ++i) sum[i][c] = fma(set1(*weights(v + i, first + t)), value, sum[i][c]);
+      }
+    }
+    for (int i = 0; i < Vectors; ++i) {
+      for (int c = 0; c < Chunks; ++c) store(results.values(v + i) + d + c * kLanes, sum[i][c]);
+    }
+  }
+
+  std::int64_t width_;  // head_dim, up to whole lanes
+  float* keys_;
+  float* values_;
+  float* queries_;
+  float* weights_;  // [vectors, kSegmentTokens]: scores, then weights
+};
 
 }  // namespace
 
 void attend_fp16(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  attend<Fp16Cache>(args, begin, end, scratch);
+  attend_pieces<FloatKernel<Fp16Block>>(args, begin, end, scratch);
 }
 
 void attend_int8(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  attend<Int8Cache>(args, begin, end, scratch);
+  attend_pieces<FloatKernel<Int8Block>>(args, begin, end, scratch);
 }
 
 }  // namespace edgellm::EDGELLM_ISA

@@ -1,32 +1,16 @@
 // linear_half on AMX tiles: a panel's 32 channels are one 1 KiB operand as it lies in memory. The rounding of a sum is
 // the tile unit's own, other than AVX-512's, so one row goes through tiles too: then every row gets the same bits in
 // any company. A tile's row count never enters a row's result.
-#include <immintrin.h>
-
 #include <initializer_list>
 
+#include "amx_tile.hpp"
 #include "linear_tile.hpp"
 
 namespace edgellm::EDGELLM_ISA {
 
 namespace {
 
-inline constexpr int kTileHeight = 16;
 inline constexpr std::int64_t kTileChannels = 32;
-inline constexpr int kTileBytes = kTileHeight * kLineBytes;
-
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1;
-  std::uint8_t start_row = 0;
-  std::uint8_t reserved[14] = {};
-  std::uint16_t bytes_per_row[16] = {};
-  std::uint8_t rows[16] = {};
-
-  void set(int tile, int height) {
-    bytes_per_row[tile] = kLineBytes;
-    rows[tile] = static_cast<std::uint8_t>(height);
-  }
-};
 
 // Sums of one tile to bias, residual and output.
 void finish_tile(const LinearArgs& args, const float* sums, std::int64_t row, int height, std::int64_t panel) {
@@ -121,8 +105,7 @@ void configure(int height) {
   for (const int tile : {0, 1, 4}) config.set(tile, first);
   for (const int tile : {2, 3, 5}) config.set(tile, second);
   for (const int tile : {6, 7}) config.set(tile, kTileHeight);
-  asm volatile("" : : "m"(config));  // GCC 12 believes that the next line reads eight bytes only
-  _tile_loadconfig(&config);
+  load_config(config);
 }
 
 void run_block(const LinearArgs& args, std::int64_t row, int height, std::int64_t begin, std::int64_t end) {

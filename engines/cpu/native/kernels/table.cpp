@@ -21,6 +21,7 @@ const KernelTable& kernel_table() {
       .store_kv_int8 = store_kv_int8,
       .attend_fp16 = attend_fp16,
       .attend_int8 = attend_int8,
+      .merge_segments = merge_segments,
       .silu = silu,
       .gelu = gelu,
       .gelu_tanh = gelu_tanh,

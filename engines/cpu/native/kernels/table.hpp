@@ -24,7 +24,7 @@ struct KernelTable {
   Kernel<PrepareArgs> prepare_half, prepare_float, prepare_int8, prepare_int16;
   Kernel<LinearArgs> linear_half, linear_int8, linear_int8x16, linear_int4, linear_int4_float;
   Kernel<StoreKvArgs> store_kv_fp16, store_kv_int8;
-  AttendKernel attend_fp16, attend_int8;
+  AttendKernel attend_fp16, attend_int8, merge_segments;
   Kernel<ActivateArgs> silu, gelu, gelu_tanh;
   Kernel<AddArgs> add;
 };

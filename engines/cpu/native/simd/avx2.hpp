@@ -133,15 +133,42 @@ inline F32 load_i8_n(const std::int8_t* p, int n) {
   return to_f32({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
 }
 
-// Lane i is the 32-bit word at p + i * stride_bytes for i < n, else 0; no other memory is touched.
-inline I32 gather_words(const void* p, std::ptrdiff_t stride_bytes, int n) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i index = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride_bytes)));
-  const int* low = static_cast<const int*>(p);
-  const int* high = reinterpret_cast<const int*>(static_cast<const char*>(p) + 8 * stride_bytes);
-  const __m256i none = _mm256_setzero_si256();
-  return {_mm256_mask_i32gather_epi32(none, low, index, first_mask(n), 1),
-          _mm256_mask_i32gather_epi32(none, high, index, first_mask(n - 8), 1)};
+// The first `n` 32-bit words at p, then zeros; no other memory is touched.
+inline I32 load_words_n(const void* p, int n) {
+  const int* words = static_cast<const int*>(p);
+  return {_mm256_maskload_epi32(words, first_mask(n)), _mm256_maskload_epi32(words + 8, first_mask(n - 8))};
+}
+
+// Lane j of row i becomes lane i of row j, for eight rows of eight.
+inline void transpose_eight(__m256i (&rows)[8]) {
+  __m256i quads[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256i low01 = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    const __m256i high01 = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+    const __m256i high23 = _mm256_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+    quads[i] = _mm256_unpacklo_epi64(low01, low23);
+    quads[i + 1] = _mm256_unpackhi_epi64(low01, low23);
+    quads[i + 2] = _mm256_unpacklo_epi64(high01, high23);
+    quads[i + 3] = _mm256_unpackhi_epi64(high01, high23);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+// Lane j of row i becomes lane i of row j.
+inline void transpose(I32 (&rows)[16]) {
+  __m256i blocks[2][2][8];  // [upper, lower rows][left, right lanes]
+  for (int i = 0; i < 16; ++i) {
+    blocks[i / 8][0][i % 8] = rows[i].lo;
+    blocks[i / 8][1][i % 8] = rows[i].hi;
+  }
+  for (auto& row : blocks) {
+    for (auto& block : row) transpose_eight(block);
+  }
+  for (int i = 0; i < 16; ++i) rows[i] = {blocks[0][i / 8][i % 8], blocks[1][i / 8][i % 8]};
 }
 inline F32 f16_from_words(I32 words) {
   const __m256i halves = pack_u16(words);

@@ -75,15 +75,40 @@ inline F32 load_f16_n(const std::uint16_t* p, int n) {
 inline void store_f16_n(std::uint16_t* p, F32 a, int n) {
   _mm256_mask_storeu_epi16(p, first_mask(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline F32 load_i8(const std::int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline F32 load_i8_n(const std::int8_t* p, int n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_mask(n), p)))};
 }
 
-// Lane i is the 32-bit word at p + i * stride_bytes for i < n, else 0; no other memory is touched.
-inline I32 gather_words(const void* p, std::ptrdiff_t stride_bytes, int n) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride_bytes)));
-  return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first_mask(n), index, p, 1)};
+// The first `n` 32-bit words at p, then zeros; no other memory is touched.
+inline I32 load_words_n(const void* p, int n) { return {_mm512_maskz_loadu_epi32(first_mask(n), p)}; }
+
+// Lane j of row i becomes lane i of row j.
+inline void transpose(I32 (&rows)[16]) {
+  __m512i pairs[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
+  }
+  __m512i quads[16];
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low01 = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0x88);
+    const __m512i high01 = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0xdd);
+    const __m512i low23 = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0x88);
+    const __m512i high23 = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0xdd);
+    rows[i].v = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    rows[i + 8].v = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    rows[i + 4].v = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    rows[i + 12].v = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
 }
 inline F32 f16_low(I32 words) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words.v))}; }
 inline F32 f16_high(I32 words) { return f16_low(shift_right<16>(words)); }

@@ -154,13 +154,37 @@ inline F32 load_i8_n(const std::int8_t* p, int n) {
                  vmovl_s16(vget_high_s16(high))});
 }
 
-// Lane i is the 32-bit word at p + i * stride_bytes for i < n, else 0; no other memory is touched.
-inline I32 gather_words(const void* p, std::ptrdiff_t stride_bytes, int n) {
+// The first `n` 32-bit words at p, then zeros; no other memory is touched.
+inline I32 load_words_n(const void* p, int n) {
   std::int32_t lanes[16] = {};
-  for (int i = 0; i < n && i < 16; ++i) {
-    std::memcpy(&lanes[i], static_cast<const char*>(p) + i * stride_bytes, 4);
-  }
+  copy_first(lanes, p, n);
   return load_i32(lanes);
+}
+
+// Lane j of row i becomes lane i of row j, for four rows of four.
+inline void transpose_four(int32x4_t (&rows)[4]) {
+  const int64x2_t low01 = vreinterpretq_s64_s32(vzip1q_s32(rows[0], rows[1]));
+  const int64x2_t high01 = vreinterpretq_s64_s32(vzip2q_s32(rows[0], rows[1]));
+  const int64x2_t low23 = vreinterpretq_s64_s32(vzip1q_s32(rows[2], rows[3]));
+  const int64x2_t high23 = vreinterpretq_s64_s32(vzip2q_s32(rows[2], rows[3]));
+  rows[0] = vreinterpretq_s32_s64(vzip1q_s64(low01, low23));
+  rows[1] = vreinterpretq_s32_s64(vzip2q_s64(low01, low23));
+  rows[2] = vreinterpretq_s32_s64(vzip1q_s64(high01, high23));
+  rows[3] = vreinterpretq_s32_s64(vzip2q_s64(high01, high23));
+}
+
+// Lane j of row i becomes lane i of row j.
+inline void transpose(I32 (&rows)[16]) {
+  I32 result[16];
+  for (int row = 0; row < 4; ++row) {
+    for (int column = 0; column < 4; ++column) {
+      int32x4_t block[4];
+      for (int i = 0; i < 4; ++i) block[i] = rows[4 * row + i].v[column];
+      transpose_four(block);
+      for (int i = 0; i < 4; ++i) result[4 * column + i].v[row] = block[i];
+    }
+  }
+  for (int i = 0; i < 16; ++i) rows[i] = result[i];
 }
 inline F32 f16_low(I32 words) {
   return each_quad<F32>(

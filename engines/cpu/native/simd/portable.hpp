@@ -142,13 +142,22 @@ inline F32 load_i8_n(const std::int8_t* p, int n) {
   return r;
 }
 
-// Lane i is the 32-bit word at p + i * stride_bytes for i < n, else 0; no other memory is touched.
-inline I32 gather_words(const void* p, std::ptrdiff_t stride_bytes, int n) {
+// The first `n` 32-bit words at p, then zeros; no other memory is touched.
+inline I32 load_words_n(const void* p, int n) {
   I32 r = set1_i32(0);
-  for (int i = 0; i < n && i < 16; ++i) {
-    std::memcpy(&r.v[i], static_cast<const char*>(p) + i * stride_bytes, 4);
-  }
+  if (n > 0) std::memcpy(r.v, p, 4 * static_cast<std::size_t>(n < 16 ? n : 16));
   return r;
+}
+
+// Lane j of row i becomes lane i of row j.
+inline void transpose(I32 (&rows)[16]) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const std::int32_t word = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = word;
+    }
+  }
 }
 inline F32 f16_low(I32 words) {
   F32 r;
