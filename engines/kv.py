@@ -1,9 +1,10 @@
 """The KV contract that all engines of a bundle share, and the paged pool of engines that live in host memory."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NewType, Protocol
+from typing import Literal, NewType, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from edgellm.engines.memory import private_memory
 
 BlockId = NewType("BlockId", int)
+Slots: TypeAlias = npt.NDArray[np.intp]
 BLOCK_TOKENS = 32
 
 
@@ -43,9 +45,14 @@ class KvContract:
         return 2 * self.values_per_block + 4 * self.block_tokens * self.kv_heads
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one token in one layer."""
+        return self.block_bytes // self.block_tokens
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token over all layers."""
-        return self.num_layers * self.block_bytes // self.block_tokens
+        return self.num_layers * self.row_bytes
 
     @property
     def sha256(self) -> str:
@@ -87,6 +94,15 @@ class KvPool(Protocol):
         """Overwrite whole blocks of one model layer from uint8 [len(blocks), contract.block_bytes]."""
         ...
 
+    def read_rows(self, blocks: Slots, tokens: Slots, layers: range) -> npt.NDArray[np.uint8]:
+        """Copy of token `tokens[r]` of block `blocks[r]`: uint8 [rows, len(layers), contract.row_bytes], where a row is
+        K, V and, where the contract has them, their scales."""
+        ...
+
+    def write_rows(self, blocks: Slots, tokens: Slots, layers: range, rows: npt.NDArray[np.uint8]) -> None:
+        """Overwrite single tokens from what `read_rows` gives; no slot is named twice."""
+        ...
+
 
 class HostKvPool:
     """KvPool in host memory, for backends that compute there; pages are taken from the system when first touched."""
@@ -98,8 +114,17 @@ class HostKvPool:
         shape = (len(layers), num_blocks, contract.block_bytes)
         self.data = private_memory(shape[0] * shape[1] * shape[2]).reshape(shape)
         """uint8 [layers, num_blocks, block_bytes]; native engines compute on this memory in place."""
-        self._free = [BlockId(block) for block in reversed(range(num_blocks))]
+        self._free = [BlockId(block) for block in reversed(range(num_blocks))]  # changed in place: windows share it
         self._is_free = [True] * num_blocks
+
+    def window(self, layers: range) -> "HostKvPool":
+        """The same pool, seen by an engine of only these layers: blocks, their owners and their bytes are shared."""
+        if not self.layers.start <= layers.start < layers.stop <= self.layers.stop:
+            raise ValueError(f"layers {layers} are not in a pool of layers {self.layers}")
+        window = copy.copy(self)
+        first = self.layers.start
+        window.layers, window.data = layers, self.data[layers.start - first : layers.stop - first]
+        return window
 
     @property
     def free_blocks(self) -> int:
@@ -126,3 +151,24 @@ class HostKvPool:
 
     def write(self, blocks: Sequence[BlockId], layer: int, data: npt.NDArray[np.uint8]) -> None:
         self.data[layer - self.layers.start, np.asarray(blocks, np.intp)] = data
+
+    def read_rows(self, blocks: Slots, tokens: Slots, layers: range) -> npt.NDArray[np.uint8]:
+        shape = (len(blocks), len(layers), -1)
+        return np.concatenate([plane[:, blocks, :, tokens].reshape(shape) for plane in self._planes(layers)], axis=2)
+
+    def write_rows(self, blocks: Slots, tokens: Slots, layers: range, rows: npt.NDArray[np.uint8]) -> None:
+        start = 0
+        for plane in self._planes(layers):
+            end = start + 2 * plane.shape[4]
+            plane[:, blocks, :, tokens] = rows[:, :, start:end].reshape(len(blocks), len(layers), 2, -1)
+            start = end
+
+    def _planes(self, layers: range) -> list[npt.NDArray[np.uint8]]:
+        """Views [layers, num_blocks, K and V, block_tokens, bytes of one token]: of values, and of scales."""
+        first, contract = self.layers.start, self.contract
+        data = self.data[layers.start - first : layers.stop - first]
+        shape = (len(layers), self.num_blocks, 2, contract.block_tokens, -1)
+        if contract.dtype == "fp16":
+            return [data.reshape(shape, copy=False)]
+        split = 2 * contract.values_per_block
+        return [data[:, :, :split].reshape(shape, copy=False), data[:, :, split:].reshape(shape, copy=False)]

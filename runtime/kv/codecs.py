@@ -104,17 +104,17 @@ def _int8_shapes(contract: KvContract, where: KvRange) -> _Shapes:
 def _quantize(contract: KvContract, where: KvRange, planes: Planes) -> _Arrays:
     k_half, v_half = (plane.view(np.float16) for plane in planes)
     k, v = k_half.astype(np.float32), v_half.astype(np.float32)
-    k_scale = np.stack([_scale(np.abs(block).max(axis=1)) for block in _by_block(contract, k)], axis=1)
-    v_scale = _scale(np.abs(v).max(axis=3, keepdims=True))
-    k_int8 = _to_int8(k, np.repeat(k_scale, contract.block_tokens, axis=1)[:, : k.shape[1]])
+    k_scale = np.stack([int8_scale(np.abs(block).max(axis=1)) for block in _by_block(contract, k)], axis=1)
+    v_scale = int8_scale(np.abs(v).max(axis=3, keepdims=True))
+    k_int8 = to_int8(k, np.repeat(k_scale, contract.block_tokens, axis=1)[:, : k.shape[1]])
     kept = _kept(where)
-    return [k_half[:, :kept], v_half[:, :kept], k_int8, k_scale, _to_int8(v, v_scale), v_scale]
+    return [k_half[:, :kept], v_half[:, :kept], k_int8, k_scale, to_int8(v, v_scale), v_scale]
 
 
 def _dequantize(contract: KvContract, where: KvRange, arrays: _Arrays) -> Planes:
     k_kept, v_kept, k_int8, k_scale, v_int8, v_scale = arrays
-    k = _to_half(k_int8, np.repeat(k_scale, contract.block_tokens, axis=1)[:, : k_int8.shape[1]])
-    v = _to_half(v_int8, v_scale)
+    k = from_int8(k_int8, np.repeat(k_scale, contract.block_tokens, axis=1)[:, : k_int8.shape[1]])
+    v = from_int8(v_int8, v_scale)
     kept = _kept(where)
     k[:, :kept], v[:, :kept] = k_kept, v_kept
     return [k.view(np.uint8), v.view(np.uint8)]
@@ -125,7 +125,7 @@ def _by_block(contract: KvContract, plane: npt.NDArray[np.float32]) -> list[npt.
     return [plane[:, start : start + contract.block_tokens] for start in starts]
 
 
-def _scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+def int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     """Largest magnitude over 127, rounded up to half, so that no value leaves [-127, 127]."""
     exact = largest / 127
     scale = exact.astype(np.float16)
@@ -133,12 +133,14 @@ def _scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     return rounded_up
 
 
-def _to_int8(values: npt.NDArray[np.float32], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.int8]:
+def to_int8(values: npt.NDArray[np.float32], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.int8]:
+    """Nearest multiples of the scale; a scale of 0 stores zeros."""
     divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
     rounded: npt.NDArray[np.int8] = np.rint(values / divisor).astype(np.int8)
     return rounded
 
 
-def _to_half(quantized: npt.NDArray[np.int8], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+def from_int8(quantized: npt.NDArray[np.int8], scale: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    """Multiplied in single precision, rounded to half."""
     product: npt.NDArray[np.float16] = (quantized * scale.astype(np.float32)).astype(np.float16)
     return product

@@ -332,9 +332,9 @@ Global___KvCopyMessage: _TypeAlias = KvCopyMessage  # noqa: Y015
 
 @_typing.final
 class KvCopyRows(_message.Message):
-    """KV of some positions of one request, as `codec` says. `raw`: `[num_tokens, num_layers, K and V, kv_heads, head_dim]`
-    in the contract's dtype; then, where it has scales, those of all rows likewise. `int8`, for half-precision contracts:
-    the same with one scale per token and head.
+    """KV of some positions of one request: `[num_tokens, num_layers]` rows. A row of `raw` is K `[kv_heads, head_dim]`, then V
+    likewise, in the contract's dtype, then the scales of both where it has them; one of `int8` is what a contract of that
+    dtype would store.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

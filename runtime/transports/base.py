@@ -1,8 +1,11 @@
 """The two ends of a transport: it carries payloads only; headers and acknowledgements always go over gRPC."""
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from edgellm.runtime.rpc import kv_pb2
+
+Carrier: TypeAlias = kv_pb2.KvChunk | kv_pb2.KvCopyMessage
+"""Messages that hold a payload, or say where it is."""
 
 
 class TransportError(Exception):
@@ -14,11 +17,11 @@ class Outgoing(Protocol):
 
     name: str
 
-    async def place(self, chunk: kv_pb2.KvChunk, payload: bytes) -> None:
+    async def place(self, chunk: Carrier, payload: bytes) -> None:
         """Make the payload reachable for the receiver and say in `chunk` where; waits for room."""
         ...
 
-    def release(self, chunk: kv_pb2.KvChunk) -> None:
+    def release(self, chunk: Carrier) -> None:
         """The receiver has answered this chunk, or never will: its room may be used again."""
         ...
 
@@ -30,6 +33,6 @@ class Incoming(Protocol):
 
     name: str
 
-    def fetch(self, chunk: kv_pb2.KvChunk) -> bytes:
+    def fetch(self, chunk: Carrier) -> bytes:
         """Private copy of a chunk's payload. Raises TransportError if it lies outside of what the sender shares."""
         ...

@@ -12,8 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
-from edgellm.runtime.rpc import kv_pb2
-from edgellm.runtime.transports.base import TransportError
+from edgellm.runtime.transports.base import Carrier, TransportError
 from edgellm.runtime.transports.ring import RingSpace
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -35,14 +34,14 @@ class ShmOutgoing:
         self.size = size
         self.ring_name = f"{os.getpid()}:{self._fd}:{label}"
 
-    async def place(self, chunk: kv_pb2.KvChunk, payload: bytes) -> None:
+    async def place(self, chunk: Carrier, payload: bytes) -> None:
         while (offset := self._space.take(len(payload))) is None:
             self._room.clear()
             await self._room.wait()
         self._memory[offset : offset + len(payload)] = payload
         chunk.shm.offset, chunk.shm.length = offset, len(payload)
 
-    def release(self, chunk: kv_pb2.KvChunk) -> None:
+    def release(self, chunk: Carrier) -> None:
         self._space.give_back(chunk.shm.offset)
         self._room.set()
 
@@ -59,7 +58,7 @@ class ShmIncoming:
     def __init__(self, ring_name: str, size: int) -> None:
         self._memory = _map(ring_name, size)
 
-    def fetch(self, chunk: kv_pb2.KvChunk) -> bytes:
+    def fetch(self, chunk: Carrier) -> bytes:
         start, end = chunk.shm.offset, chunk.shm.offset + chunk.shm.length
         if chunk.WhichOneof("payload") != "shm" or not 0 <= start < end <= len(self._memory):
             raise TransportError(f"bytes {start} to {end} are outside of the ring of {len(self._memory)}")
