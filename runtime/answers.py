@@ -1,95 +1,192 @@
-"""Answers that are written on this node: first waiting for the prompt's KV, then in the batch."""
+"""Answers that are written on this node, or through it: first waiting for KV, then running, and stalled at worst."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm.runtime.batching.decode import Continuation
-from edgellm.runtime.checks import RefusedError
+from edgellm.runtime.batching.steps import Segment
+from edgellm.runtime.batching.transcript import Transcript
+from edgellm.runtime.checks import RefusedError, check_known_tokens, check_request
+from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.kv.types import Attempt
-from edgellm.runtime.lanes import DecodeLane
+from edgellm.runtime.kv.types import Attempt, NodeId
+from edgellm.runtime.lanes import Lanes
 from edgellm.runtime.messages import Decode
+from edgellm.runtime.stages.messages import StageSegment
+from edgellm.runtime.stages.routes import Leg, Route, local_route, route_of
+
+_NO_BLOCKS = np.empty(0, np.int32)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Waiting:
+@dataclass(kw_only=True, eq=False)
+class Answer:
+    """One answer, as far as this node has to do with it."""
+
     decode: Decode
-    deadline_s: float
+    route: Route
+    legs: tuple[Leg, ...]
+    """Those of this node."""
+    kv_deadline_s: float
+    state: Literal["waiting", "running", "stalled"] = "waiting"
+    blocks: npt.NDArray[np.int32] = field(default_factory=lambda: _NO_BLOCKS)
+    transcript: Transcript = field(init=False)
+    """Kept up by the node that samples."""
+
+    def __post_init__(self) -> None:
+        decode = self.decode
+        self.transcript = Transcript(decode.prompt, decode.generated, decode.generation)
+
+    @property
+    def begins_here(self) -> bool:
+        return self.legs[0] is self.route[0]
+
+    @property
+    def needs_tokens(self) -> int:
+        """Positions that must have KV here before it can go on."""
+        return self.decode.resume_tokens if self.decode.resume_from else len(self.decode.prompt)
+
+    def leg_at(self, stage: int) -> Leg | None:
+        """This node's leg that begins with a stage of the pipeline."""
+        return next((leg for leg in self.legs if leg.first_stage == stage), None)
+
+    def leg_after(self, leg: Leg) -> Leg | None:
+        """None after the last."""
+        return next((other for other in self.route if other.first_stage > leg.first_stage), None)
+
+    def segment(self, rows: StageSegment, leg: Leg) -> Segment | None:
+        """A later leg's rows; None if they do not go on where this node's tokens end."""
+        is_sampled = rows.sample and leg is self.route[-1]
+        if is_sampled and rows.end != self.transcript.num_tokens:
+            return None
+        return Segment(
+            attempt=rows.attempt,
+            rows=rows.rows,
+            tokens=None,
+            first_position=rows.first_position,
+            blocks=self.blocks,
+            sample=self.transcript.next_sample() if is_sampled else None,
+        )
+
+    def continuation(self) -> Continuation:
+        """What the first leg's batcher takes."""
+        decode = self.decode
+        known = len(decode.prompt) + len(decode.generated)
+        return Continuation(
+            attempt=decode.attempt,
+            prompt=decode.prompt,
+            generated=decode.generated,
+            blocks=self.blocks,
+            generation=decode.generation,
+            computed=min(self.needs_tokens, known - 1),
+        )
 
 
 class Answers:
     """KV and the command to go on from it may come in either order."""
 
-    def __init__(self, ledger: BlockLedger, lane: DecodeLane | None) -> None:
+    def __init__(self, node_id: NodeId, ledger: BlockLedger, holdings: Holdings, lanes: Lanes) -> None:
+        self._node_id = node_id
         self._ledger = ledger
-        self._lane = lane
-        self._kv: dict[Attempt, Literal["ready", "lost"]] = {}
-        self._waiting: dict[Attempt, _Waiting] = {}
-        self._running: dict[Attempt, Decode] = {}
+        self._holdings = holdings
+        self._lanes = lanes
+        self._answers: dict[Attempt, Answer] = {}
+        self._lost: set[Attempt] = set()
+        """Whose KV will never be complete."""
 
     def __contains__(self, attempt: Attempt) -> bool:
         """Whether the command was given."""
-        return attempt in self._waiting or attempt in self._running
+        return attempt in self._answers
 
     @property
     def waiting_for_kv(self) -> int:
-        return len(self._waiting)
+        return sum(answer.state == "waiting" for answer in self._answers.values())
 
     @property
     def with_logprobs(self) -> frozenset[Attempt]:
-        return frozenset(attempt for attempt, decode in self._running.items() if decode.generation.logprobs)
+        return frozenset(attempt for attempt, answer in self._answers.items() if answer.decode.generation.logprobs)
 
-    def lane(self) -> DecodeLane:
-        """Raises RefusedError on a node without a decode engine."""
-        if self._lane is None:
-            raise RefusedError("engine", "this node has no decode engine")
-        return self._lane
+    def get(self, attempt: Attempt) -> Answer | None:
+        return self._answers.get(attempt)
+
+    def is_waiting(self, attempt: Attempt) -> bool:
+        return attempt in self._answers and self._answers[attempt].state == "waiting"
+
+    def is_running(self, attempt: Attempt) -> bool:
+        return attempt in self._answers and self._answers[attempt].state == "running"
 
     def add(self, decode: Decode, now_s: float) -> None:
-        """Start, or wait for KV. Raises RefusedError if the KV was lost or too little room was reserved."""
-        match self._kv.get(decode.attempt):
-            case "ready":
-                self._start(decode)
-            case "lost":
-                raise RefusedError("transfer", "the sender has gone before the prompt's KV was complete")
-            case None:
-                self._waiting[decode.attempt] = _Waiting(decode=decode, deadline_s=now_s + decode.kv_timeout_s)
+        """It waits for KV. Raises RefusedError if it cannot be run here, or if its KV will never come."""
+        answer, attempt = self._check(decode, now_s), decode.attempt
+        self._answers[attempt] = answer
+        if attempt in self._lost:
+            raise RefusedError("transfer", "the sender has gone before the prompt's KV was complete")
 
-    def kv_complete(self, attempt: Attempt) -> None:
-        """Start what waited for it. Raises RefusedError if too little room was reserved."""
-        self._kv[attempt] = "ready"
-        if waiting := self._waiting.pop(attempt, None):
-            self._start(waiting.decode)
+    def start_ready(self, attempt: Attempt) -> Answer | None:
+        """Start it if its KV is here and it has not started. Raises RefusedError if too little room was reserved."""
+        answer = self._answers.get(attempt)
+        if answer is None or answer.state != "waiting" or not self._has_kv(answer):
+            return None
+        self._start(answer)
+        return answer
 
     def kv_lost(self, attempt: Attempt) -> None:
         """Raises RefusedError if the answer was waiting for it; else the command, when it comes, is refused."""
-        self._kv[attempt] = "lost"
-        if waiting := self._waiting.pop(attempt, None):
-            self.add(waiting.decode, waiting.deadline_s)
+        self._lost.add(attempt)
+        if attempt in self._answers:
+            raise RefusedError("transfer", "the sender has gone before the prompt's KV was complete")
 
     def late(self, now_s: float) -> list[Decode]:
         """Whose KV did not come in time."""
-        return [waiting.decode for waiting in self._waiting.values() if waiting.deadline_s <= now_s]
+        answers = self._answers.values()
+        return [one.decode for one in answers if one.state == "waiting" and one.kv_deadline_s <= now_s]
+
+    def stall(self, attempt: Attempt) -> None:
+        """Keep everything and do nothing. No effect if there is no such answer."""
+        if answer := self._answers.get(attempt):
+            answer.state = "stalled"
+            self._lanes.remove(attempt)
 
     def drop(self, attempt: Attempt) -> None:
-        self._kv.pop(attempt, None)
-        self._waiting.pop(attempt, None)
-        self._running.pop(attempt, None)
+        self._answers.pop(attempt, None)
+        self._lost.discard(attempt)
 
-    def _start(self, decode: Decode) -> None:
+    def _check(self, decode: Decode, now_s: float) -> Answer:
+        """Raises RefusedError for what this node has no engine for."""
+        if not self._lanes.stages.stages:
+            raise RefusedError("engine", "this node has no decode engine")
+        route = self._route(decode)
+        legs = tuple(leg for leg in route if leg.node_id == self._node_id)
+        if not legs:
+            raise RefusedError("engine", f"no stage of the pipeline is on node {self._node_id}")
+        for leg in legs:
+            engine = self._lanes.stages.of(leg.layers)
+            if engine is None:
+                raise RefusedError("engine", f"this node has no engine for layers {leg.layers}")
+            check_request(engine.spec, decode)
+        check_known_tokens(decode)
+        return Answer(decode=decode, route=route, legs=legs, kv_deadline_s=now_s + decode.kv_timeout_s)
+
+    def _route(self, decode: Decode) -> Route:
+        if not decode.stages:
+            return local_route(self._node_id, self._lanes.num_layers)
+        try:
+            return route_of(decode.stages, self._lanes.num_layers)
+        except ValueError as error:
+            raise RefusedError("engine", str(error)) from error
+
+    def _has_kv(self, answer: Answer) -> bool:
+        attempt, needed = answer.decode.attempt, answer.needs_tokens
+        return all(self._holdings.reach(attempt, leg.layers) >= needed for leg in answer.legs)
+
+    def _start(self, answer: Answer) -> None:
+        decode = answer.decode
         blocks = self._ledger.blocks(decode.attempt)
         needed = len(decode.prompt) + decode.generation.max_tokens
         if len(blocks) < self._ledger.pool.contract.blocks_for(needed):
             raise RefusedError("capacity", f"{len(blocks)} blocks were reserved for {needed} tokens")
-        self._running[decode.attempt] = decode
-        self.lane().batcher.add(
-            Continuation(
-                attempt=decode.attempt,
-                prompt=decode.prompt,
-                generated=decode.generated,
-                blocks=np.array(blocks, np.int32),
-                generation=decode.generation,
-            )
-        )
+        answer.blocks, answer.state = np.array(blocks, np.int32), "running"
+        if answer.begins_here:
+            self._lanes.writer(answer.route).batcher.add(answer.continuation())

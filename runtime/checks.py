@@ -1,8 +1,8 @@
 """Whether a node can carry out a command at all."""
 
 from edgellm.engines.sampling import SamplingError
+from edgellm.engines.spec import EngineSpec
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.lanes import Lane
 from edgellm.runtime.messages import Decode, FailureKind, Prefill
 
 
@@ -14,9 +14,8 @@ class RefusedError(Exception):
         self.kind: FailureKind = kind
 
 
-def check_request(lane: Lane, command: Prefill | Decode) -> None:
-    """Raise RefusedError for tokens, lengths or sampling values that the lane's engine cannot take."""
-    spec = lane.engine.spec
+def check_request(spec: EngineSpec, command: Prefill | Decode) -> None:
+    """Raise RefusedError for tokens, lengths or sampling values that the engine cannot take."""
     num_prompt, max_tokens = len(command.prompt), command.generation.max_tokens
     if not num_prompt or max_tokens < 1:
         raise RefusedError("request", f"{num_prompt} prompt tokens, at most {max_tokens} to generate")

@@ -9,9 +9,10 @@ from typing import Final
 
 from edgellm.engines.base import Engine
 from edgellm.engines.sampling import sample
-from edgellm.runtime.batching.steps import Sampled, Step
-from edgellm.runtime.lanes import DecodeLane, Lane, PrefillLane
+from edgellm.runtime.batching.steps import Sampled, Step, StepOutput
+from edgellm.runtime.lanes import DecodeLane, Lane, PlannedStep, PrefillLane, StageLane
 from edgellm.runtime.node import Node
+from edgellm.runtime.stages.engines import to_half
 
 _NEWEST_WEIGHT: Final = 0.1
 """Of the newest step in moving averages; what went before fades."""
@@ -31,25 +32,25 @@ class Progress:
         """Rows over seconds, so that the few rows at a prompt's end weigh only as long as they took."""
         return self._rows / self._seconds if self._seconds else 0.0
 
-    def observe(self, lane: Lane, step: Step, seconds: float) -> None:
+    def observe(self, planned: PlannedStep, seconds: float) -> None:
         self.steps += 1
-        match lane:
+        match planned.lane:
             case PrefillLane():
-                self._rows = _average(self._rows, step.rows)
+                self._rows = _average(self._rows, planned.step.rows)
                 self._seconds = _average(self._seconds, seconds)
-            case DecodeLane():
+            case DecodeLane() | StageLane():
                 self.decode_step_ms = _average(self.decode_step_ms, 1e3 * seconds)
 
 
 class EngineLoop:
     """Lets the lanes take turns, a step each; while a step runs, the event loop sends and receives."""
 
-    def __init__(self, node: Node, work: asyncio.Event, on_step: Callable[[Lane, Step, float], None]) -> None:
+    def __init__(self, node: Node, work: asyncio.Event, on_step: Callable[[PlannedStep, float], None]) -> None:
         self._node = node
         self._work = work
         self._on_step = on_step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._unfinished: Step | None = None
+        self._unfinished: PlannedStep | None = None
         self._between_steps = asyncio.Event()
         self._between_steps.set()
         self.progress = Progress()
@@ -73,45 +74,49 @@ class EngineLoop:
             self._node.step_abandoned(self._unfinished)
 
     async def _turn(self, lane: Lane) -> bool:
-        step = self._node.next_step(lane, time.monotonic())
-        if step is None:
+        planned = self._node.next_step(lane, time.monotonic())
+        if planned is None:
             return False
-        self._unfinished = step
+        self._unfinished = planned
         self._between_steps.clear()
-        await self._run_step(lane, step)
+        await self._run_step(planned)
         self._unfinished = None
         self._between_steps.set()
         return True
 
-    async def _run_step(self, lane: Lane, step: Step) -> None:
+    async def _run_step(self, planned: PlannedStep) -> None:
         started_s = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            sampled = await loop.run_in_executor(self._thread, run_step, lane.engine, step)
+            output = await loop.run_in_executor(self._thread, run_step, planned.engine, planned.step)
         except ValueError as error:
-            self._node.step_failed(step, f"engine {lane.engine.spec.name}: {error}")
+            self._node.step_failed(planned, f"engine {planned.engine.spec.name}: {error}")
             return
         now_s = time.monotonic()
-        self.progress.observe(lane, step, now_s - started_s)
-        self._on_step(lane, step, now_s - started_s)
-        self._node.step_ended(lane, step, sampled, now_s)
+        self.progress.observe(planned, now_s - started_s)
+        self._on_step(planned, now_s - started_s)
+        self._node.step_ended(planned, output, now_s)
 
 
-def run_step(engine: Engine, step: Step) -> list[Sampled]:
-    """Forward, then sample the logit rows. Raises ValueError if the engine refuses the batch."""
+def run_step(engine: Engine, step: Step) -> StepOutput:
+    """Forward, then sample the logit rows, or round hidden states for the next stage.
+
+    Raises ValueError if the engine refuses the batch.
+    """
     output = engine.forward(step.batch)
+    if output.hidden is not None:
+        return StepOutput(hidden=to_half(output.hidden))
     samples = step.samples
     if not samples or output.logits is None:
-        return []
+        return StepOutput()
     tokens, logprobs = sample(
         output.logits,
         [one.sampling for one in samples],
         [one.history for one in samples],
         [one.index for one in samples],
     )
-    return [
-        Sampled(token_id=int(token), logprob=float(logprob)) for token, logprob in zip(tokens, logprobs, strict=True)
-    ]
+    drawn = zip(tokens, logprobs, strict=True)
+    return StepOutput(sampled=tuple(Sampled(token_id=int(token), logprob=float(logprob)) for token, logprob in drawn))
 
 
 def _average(old: float, new: float) -> float:

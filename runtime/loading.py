@@ -1,41 +1,43 @@
 """From a bundle to the engines of one node."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from edgellm.engines.base import Engine
 from edgellm.engines.bundle import Bundle, bundle_sha256, engine_spec, open_bundle
 from edgellm.engines.kv import HostKvPool, KvContract, KvPool
-from edgellm.engines.load import LOCAL_DEVICE_CLASS, load_engine
+from edgellm.engines.load import LOCAL_DEVICE_CLASS, engine_layers, load_engine
 from edgellm.engines.spec import EngineSpec
-from edgellm.runtime.batching.decode import DecodeBatcher
 from edgellm.runtime.batching.prefill import PrefillBatcher
 from edgellm.runtime.config import NodeConfig, NodeError
 from edgellm.runtime.host import local_device_class, physical_memory_bytes
-from edgellm.runtime.lanes import DecodeLane, Lanes, PrefillLane
+from edgellm.runtime.lanes import Lanes, PrefillLane
+from edgellm.runtime.stages.engines import StageEngines
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NodeEngines:
-    """The engines of a node, on one KV pool."""
+    """The engines of a node, on one KV pool of all layers: what it was started for, and what it maps to take over."""
 
     bundle_sha256: str
     contract: KvContract
     """The bundle's, compared at every handshake."""
+    role: Literal["prefill", "decode"]
+    planned: str
+    """Name of the engine that the node was started for."""
     half: Engine | None
-    decode: Engine | None
-
-    @property
-    def role(self) -> Literal["prefill", "decode"]:
-        return "prefill" if self.decode is None else "decode"
+    """The whole model in half precision."""
+    stages: StageEngines
 
     @property
     def all(self) -> tuple[Engine, ...]:
-        return tuple(engine for engine in (self.half, self.decode) if engine is not None)
+        half = () if self.half is None else (self.half,)
+        return (*half, *self.stages.stages)
 
     @property
     def pool(self) -> KvPool:
-        return self.all[0].kv
+        return self.stages.pool
 
     def close(self) -> None:
         for engine in self.all:
@@ -43,35 +45,38 @@ class NodeEngines:
 
 
 def load_engines(config: NodeConfig) -> NodeEngines:
-    """Load the named engine; beside a decode engine, the half-precision engine that reads prompts locally.
+    """Load the named engine, and beside it every engine of the bundle by which this device could stand in for others:
+    all decode stages, and the half-precision engine that reads prompts.
 
-    Weights are memory-mapped: an engine that is never asked costs address space, not memory.
+    Weights are memory-mapped, and KV pages are taken when first touched: what is never asked costs address space only.
     Raises BundleError, and NodeError for an engine that a node cannot serve alone.
     """
     bundle = open_bundle(config.bundle)
     spec = engine_spec(config.bundle, config.engine)
     _check_servable(spec, bundle.kv)
     kv_blocks = _planned_blocks(bundle, spec) if config.kv_blocks is None else config.kv_blocks
-    _check_memory(kv_blocks, bundle.kv)
-    engine = load_engine(
-        config.bundle,
-        config.engine,
-        kv_blocks=kv_blocks,
-        threads=config.threads,
-        device_class=_device_class(config, spec),
-    )
-    half = engine if spec.phase == "prefill" else _load_local_prefill(config, bundle, engine)
+    _check_memory(kv_blocks, spec, bundle.kv)
+    pool = HostKvPool(bundle.kv, range(bundle.kv.num_layers), kv_blocks)
+    loader = _Loader(config=config, device_class=_device_class(config, spec), pool=pool)
+    planned = loader.load(spec)
+    others = [engine_spec(config.bundle, name) for name in bundle.engines if name != spec.name]
+    others = [other for other in others if other.device_class == spec.device_class]
+    half = [other for other in others if other.phase == "prefill" and other.world == 1]
+    stages = [other for other in others if other.phase == "decode" and other.world == _decode_world(spec, others)]
+    is_reader = spec.phase == "prefill"
     return NodeEngines(
         bundle_sha256=bundle_sha256(config.bundle),
         contract=bundle.kv,
-        half=half,
-        decode=engine if spec.phase == "decode" else None,
+        role=spec.phase,
+        planned=spec.name,
+        half=planned if is_reader else next((loader.load(one) for one in half), None),
+        stages=StageEngines([*([] if is_reader else [planned]), *(loader.load(one) for one in stages)], pool),
     )
 
 
 def make_lanes(engines: NodeEngines, config: NodeConfig) -> Lanes:
     """Batchers for the engines; a prefill node takes larger steps than one that also decodes."""
-    chunk_rows = config.local_chunk_rows if engines.decode else config.prefill_chunk_rows
+    chunk_rows = config.local_chunk_rows if engines.role == "decode" else config.prefill_chunk_rows
 
     def reader(engine: Engine | None) -> PrefillLane | None:
         if engine is None:
@@ -79,16 +84,43 @@ def make_lanes(engines: NodeEngines, config: NodeConfig) -> Lanes:
         batcher = PrefillBatcher(engine.spec.limits, max_batch_tokens=config.max_batch_tokens, chunk_rows=chunk_rows)
         return PrefillLane(engine=engine, batcher=batcher)
 
-    decode = engines.decode
-    writer = None if decode is None else DecodeLane(engine=decode, batcher=DecodeBatcher(decode.spec.limits))
-    return Lanes(half=reader(engines.half), degraded=reader(decode), decode=writer)
+    return Lanes(
+        half=reader(engines.half),
+        degraded=reader(engines.stages.whole),
+        stages=engines.stages,
+        num_layers=engines.contract.num_layers,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Loader:
+    config: NodeConfig
+    device_class: str
+    pool: HostKvPool
+
+    def load(self, spec: EngineSpec) -> Engine:
+        return load_engine(
+            self.config.bundle,
+            spec.name,
+            pool=self.pool.window(engine_layers(spec)),
+            kv_blocks=0,
+            threads=self.config.threads,
+            device_class=self.device_class,
+        )
+
+
+def _decode_world(planned: EngineSpec, others: Sequence[EngineSpec]) -> int:
+    """How many stages there are: the planned engine's, or the most that the bundle has."""
+    if planned.phase == "decode":
+        return planned.world
+    return max((other.world for other in others if other.phase == "decode"), default=1)
 
 
 def _check_servable(spec: EngineSpec, contract: KvContract) -> None:
-    if spec.world != 1 or spec.num_layers != contract.num_layers:
+    if spec.phase == "prefill" and spec.num_layers * spec.world != contract.num_layers:
         raise NodeError(
-            f"engine {spec.name} is part {spec.rank} of {spec.world}; a node serves whole models so far, "
-            "build the bundle with one device per role"
+            f"engine {spec.name} is tensor-parallel rank {spec.rank} of {spec.world}; a node reads prompts alone so "
+            "far, build the bundle with one prefill device"
         )
 
 
@@ -98,8 +130,8 @@ def _device_class(config: NodeConfig, spec: EngineSpec) -> str:
     return LOCAL_DEVICE_CLASS if spec.device_class == LOCAL_DEVICE_CLASS else local_device_class()
 
 
-def _check_memory(kv_blocks: int, contract: KvContract) -> None:
-    kv_bytes, memory_bytes = kv_blocks * contract.num_layers * contract.block_bytes, physical_memory_bytes()
+def _check_memory(kv_blocks: int, spec: EngineSpec, contract: KvContract) -> None:
+    kv_bytes, memory_bytes = kv_blocks * spec.num_layers * contract.block_bytes, physical_memory_bytes()
     if kv_bytes > memory_bytes:
         raise NodeError(
             f"{kv_blocks} KV blocks take {kv_bytes / 2**30:.1f} GiB, "
@@ -112,21 +144,3 @@ def _planned_blocks(bundle: Bundle, spec: EngineSpec) -> int:
         if placement.engine == spec.name:
             return placement.kv_blocks
     raise NodeError(f"the bundle's plan does not place engine {spec.name}; say --kv-blocks N")
-
-
-def _load_local_prefill(config: NodeConfig, bundle: Bundle, decode: Engine) -> Engine | None:
-    """The bundle's whole-model prefill engine for this kind of device, if it has one."""
-    if not isinstance(decode.kv, HostKvPool):
-        return None
-    for name in bundle.engines:
-        spec = engine_spec(config.bundle, name)
-        if spec.phase == "prefill" and spec.world == 1 and spec.device_class == decode.spec.device_class:
-            return load_engine(
-                config.bundle,
-                name,
-                pool=decode.kv,
-                kv_blocks=0,
-                threads=config.threads,
-                device_class=spec.device_class,
-            )
-    return None

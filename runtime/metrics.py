@@ -1,16 +1,15 @@
 """What a node shows to Prometheus."""
 
 import threading
-from typing import assert_never
+from typing import Final, assert_never
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from edgellm.engines.kv import KvPool
-from edgellm.runtime.batching.steps import Step
 from edgellm.runtime.config import NodeError
 from edgellm.runtime.kv.inbox import InboxCounters
-from edgellm.runtime.lanes import DecodeLane, Lane
+from edgellm.runtime.lanes import DecodeLane, PlannedStep, PrefillLane, StageLane
 from edgellm.runtime.messages import (
     CopyLost,
     Event,
@@ -26,6 +25,8 @@ from edgellm.runtime.node import Node
 
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
+_KIND: Final = {PrefillLane: "prefill", DecodeLane: "decode", StageLane: "stage"}
+
 
 class NodeMetrics:
     """A registry of its own, so that several nodes can live in one process."""
@@ -37,6 +38,15 @@ class NodeMetrics:
         info.labels(node_id).set(1)
         self._step_seconds = Histogram(
             "edgellm_step_seconds", "Engine steps", ["kind"], buckets=_STEP_SECONDS, registry=self.registry
+        )
+        self._stage_round_trip = Histogram(
+            "edgellm_stage_round_trip_seconds",
+            "From sending a step to a later stage to its result",
+            buckets=_STEP_SECONDS,
+            registry=self.registry,
+        )
+        self._steps_elsewhere = Gauge(
+            "edgellm_steps_elsewhere", "Steps that began here and are on later stages", registry=self.registry
         )
         self._rows = Counter("edgellm_rows", "Tokens through the engines", ["kind"], registry=self.registry)
         self._tokens = Counter("edgellm_tokens_generated", "Tokens sampled", registry=self.registry)
@@ -74,10 +84,13 @@ class NodeMetrics:
             server.server_close()
             thread.join()
 
-    def step_ended(self, lane: Lane, step: Step, seconds: float) -> None:
-        kind = "decode" if isinstance(lane, DecodeLane) else "prefill"
+    def step_ended(self, planned: PlannedStep, seconds: float) -> None:
+        kind = _KIND[type(planned.lane)]
         self._step_seconds.labels(kind).observe(seconds)
-        self._rows.labels(kind).inc(step.rows)
+        self._rows.labels(kind).inc(planned.step.rows)
+
+    def stage_round_trip(self, seconds: float) -> None:
+        self._stage_round_trip.observe(seconds)
 
     def event(self, event: Event) -> None:
         match event:
@@ -104,6 +117,7 @@ class NodeMetrics:
         """Values that are read, not counted, at every heartbeat."""
         self._requests.labels("running").set(node.running)
         self._requests.labels("waiting").set(node.waiting)
+        self._steps_elsewhere.set(node.lanes.steps_elsewhere)
         self._blocks_free.set(pool.free_blocks)
         self._received.labels("installed").set(received.chunks)
         self._received.labels("stale").set(received.stale)

@@ -4,23 +4,29 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from edgellm.engines.load import engine_layers
 from edgellm.runtime.answers import Answers
+from edgellm.runtime.attempts import Attempts
 from edgellm.runtime.batching.decode import TokenGenerated
 from edgellm.runtime.batching.prefill import PromptProgress
-from edgellm.runtime.batching.steps import Sampled, Step
-from edgellm.runtime.checks import RefusedError, check_capacity, check_known_tokens, check_request
-from edgellm.runtime.kv.fence import EpochFence
+from edgellm.runtime.batching.steps import Step, StepOutput
+from edgellm.runtime.checks import RefusedError, check_capacity, check_request
+from edgellm.runtime.kv.copying.holder import Admission
+from edgellm.runtime.kv.copying.holdings import Holdings
+from edgellm.runtime.kv.inbox import PromptPart
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.kv.transfer import Arrivals, TransferError, Transfers
-from edgellm.runtime.kv.types import Attempt, KvCopy, NodeId, RequestId, TransferStats
-from edgellm.runtime.lanes import DecodeLane, Lane, Lanes, PrefillLane
+from edgellm.runtime.kv.transfer import Arrivals, Copies, TransferError, Transfers
+from edgellm.runtime.kv.types import Attempt, HeldKv, KvCopy, NodeId, TransferStats
+from edgellm.runtime.lanes import DecodeLane, Lane, Lanes, PlannedStep, PrefillLane, StageLane
 from edgellm.runtime.messages import (
     CopyLost,
     Decode,
     Event,
     FailureKind,
     Hold,
+    KvCopied,
     KvSent,
+    PipelineBroken,
     Prefill,
     PrefillDone,
     Protect,
@@ -29,19 +35,22 @@ from edgellm.runtime.messages import (
     RequestFailed,
     Tokens,
 )
-from edgellm.runtime.readings import Reading, Readings
+from edgellm.runtime.readings import STAYED, Reading, Readings
+from edgellm.runtime.stages.messages import StageLinks, StageResult, StageStep, StepSource
+from edgellm.runtime.stages.pipelines import Pipelines
 
 _log = logging.getLogger(__name__)
 
 
 class Node:
-    """All requests of one node, by attempt; at most one attempt of a request is live.
+    """All requests of one node, by attempt.
 
-    `transfers` and `arrivals` are set before the first command.
+    `transfers`, `arrivals`, `copies` and `links` are set before the first command.
     """
 
     transfers: Transfers
     arrivals: Arrivals
+    copies: Copies
 
     def __init__(
         self,
@@ -49,188 +58,309 @@ class Node:
         node_id: NodeId,
         lanes: Lanes,
         ledger: BlockLedger,
+        holdings: Holdings,
         emit: Callable[[Event], None],
         wake: Callable[[], None],
+        lease_s: float = 30.0,
     ) -> None:
+        """`lease_s`: how long KV is kept for somebody who decides what becomes of it."""
         self.node_id = node_id
         self.lanes = lanes
         self._ledger = ledger
+        self._holdings = holdings
         self._emit = emit
         self._wake = wake
-        self._fence = EpochFence()
-        self._live: dict[RequestId, Attempt] = {}
-        self._readings = Readings(ledger)
-        self._answers = Answers(ledger, lanes.decode)
-        self._unanswered_releases: list[Attempt] = []
+        self._lease_s = lease_s
+        self._attempts = Attempts()
+        self._readings = Readings(ledger, node_id, lanes.num_layers)
+        self._answers = Answers(node_id, ledger, holdings, lanes)
+        self._pipelines = Pipelines(self._answers, lanes, self._attempts)
+
+    @property
+    def links(self) -> StageLinks:
+        """Streams to the nodes of later stages."""
+        return self._pipelines.links
+
+    @links.setter
+    def links(self, links: StageLinks) -> None:
+        self._pipelines.links = links
 
     @property
     def waiting(self) -> int:
         """Requests without a place in a batch."""
-        prefill = sum(lane.batcher.waiting for lane in self.lanes.in_turn if isinstance(lane, PrefillLane))
-        return self._readings.waiting_for_blocks + self._answers.waiting_for_kv + prefill
+        return self._readings.waiting_for_blocks + self._answers.waiting_for_kv + self.lanes.waiting
 
     @property
     def running(self) -> int:
-        return sum(lane.batcher.running for lane in self.lanes.in_turn)
+        """Requests in a batch here."""
+        return self.lanes.running
+
+    @property
+    def held(self) -> list[HeldKv]:
+        """What is left of the requests of an orchestrator that has gone."""
+        return self._holdings.held()
 
     # Commands
 
     def prefill(self, command: Prefill) -> None:
-        if not self._admit_command(command.attempt, is_known=self._is_live(command.attempt)):
+        if not self._admit_command(command.attempt, is_known=self._attempts.is_live(command.attempt)):
             return
         with self._failing(command.attempt):
             lane = self.lanes.degraded if command.degraded else self.lanes.half
             if lane is None:
                 raise RefusedError("engine", f"this node has no engine for a {'degraded ' * command.degraded}prefill")
-            check_request(lane, command)
+            check_request(lane.engine.spec, command)
             reading = Reading(prefill=command, lane=lane)
-            check_capacity(self._ledger, reading.reserve_tokens)
+            check_capacity(self._ledger, self._readings.reserve_tokens(reading))
             _log.info("prefill queued %s prompt_tokens=%d", command.attempt, len(command.prompt))
             self._readings.add(reading)
             self._start_readings()
 
     def decode(self, command: Decode, now_s: float) -> None:
-        if not self._admit_command(command.attempt, is_known=command.attempt in self._answers):
+        if not self._admit_command(
+            command.attempt, is_known=command.attempt in self._answers, resume_from=command.resume_from
+        ):
             return
         with self._failing(command.attempt):
-            check_request(self._answers.lane(), command)
-            check_known_tokens(command)
             if command.resume_from is not None:
-                raise RefusedError("transfer", f"KV of {command.resume_from} is not here")
-            if len(command.stages) > 1:
-                raise RefusedError("engine", f"a pipeline of {len(command.stages)} stages; this node decodes alone")
-            self._lose_copies(command.attempt, command.copies)
+                self._take_over(command.attempt, command.resume_from, command.resume_tokens)
             _log.info("decode queued %s known_tokens=%d", command.attempt, len(command.generated))
             self._answers.add(command, now_s)
-            self._wake()
+            self._start_answer(command.attempt)
+            if command.resume_from is not None and self._answers.is_waiting(command.attempt):
+                raise RefusedError("transfer", f"fewer than {command.resume_tokens} positions of its KV are here")
 
     def hold(self, command: Hold) -> None:
-        if self._admit_command(command.attempt, is_known=self._is_live(command.attempt)):
-            self._fail(command.attempt, "transfer", f"KV of {command.resume_from} is not here")
+        if not self._admit_command(command.attempt, is_known=False, resume_from=command.resume_from):
+            return
+        try:
+            self._take_over(command.attempt, command.resume_from, command.resume_tokens)
+        except RefusedError as refusal:
+            _log.warning("nothing to hold %s reason=%s", command.attempt, refusal)
+        self.report_copies()
 
     def protect(self, command: Protect) -> None:
-        if self._is_live(command.attempt):
-            self._lose_copies(command.attempt, command.copies)
+        if self._answers.is_running(command.attempt):
+            self._keep_copies(command.attempt, command.copies)
 
     def release(self, command: Release) -> None:
-        self._fence.close(command.attempt)
-        live = self._live.get(command.attempt.request_id)
+        live = self._attempts.live(command.attempt.request_id)
+        self._attempts.release(command.attempt)
         if live is not None and live.epoch <= command.attempt.epoch:
             _log.info("released %s", live)
             self._drop(live)
-        self._unanswered_releases.append(command.attempt)
         self._answer_releases()
 
     def drop_everything(self) -> None:
-        """The orchestrator that gave the commands is gone: forget its requests, and what it fenced."""
-        for attempt in list(self._live.values()):
+        """Nobody will ask for anything of it."""
+        for attempt in self._attempts:
             self._drop(attempt)
-        self._unanswered_releases.clear()
-        self._fence = EpochFence()
+        self._attempts.forget_stale()
+
+    def orchestrator_lost(self, now_s: float) -> None:
+        """Answers stall, and what has KV waits for another orchestrator; the rest is of no use to it."""
+        with_kv = {held.attempt for held in self._holdings.held()}
+        for attempt in self._attempts:
+            if attempt in with_kv and not self._answers.is_waiting(attempt):
+                self._stall(attempt, now_s)
+            else:
+                self._drop(attempt)
+        self._attempts.forget_stale()
 
     def expire(self, now_s: float) -> None:
-        """Fail requests whose KV did not arrive in time."""
+        """Fail requests whose KV did not arrive in time, and let go of what nobody decided about."""
         for decode in self._answers.late(now_s):
             message = f"the prompt's KV did not arrive within {decode.kv_timeout_s} s"
             self._fail(decode.attempt, "transfer", message)
+        for attempt in self._attempts.undecided(now_s):
+            if attempt in self._answers:
+                self._fail(attempt, "transfer", f"it stalled, and nobody resumed it within {self._lease_s} s")
+            else:
+                self._end(attempt)
 
     # Steps
 
-    def next_step(self, lane: Lane, now_s: float) -> Step | None:
+    def next_step(self, lane: Lane, now_s: float) -> PlannedStep | None:
         """Plan a step; its blocks stay allocated until the step ended, failed or was abandoned."""
-        step = lane.batcher.plan()
-        if step is not None:
-            self._ledger.pin(step.attempts)
-            for job in self._readings.step_planned(step.attempts, now_s):
+        planned = self._plan(lane, now_s)
+        if planned is not None:
+            self._ledger.pin(planned.step.attempts)
+            for job in self._readings.step_planned(planned.step.attempts, now_s):
                 self.transfers.start(job)
-        return step
+        return planned
 
-    def step_ended(self, lane: Lane, step: Step, sampled: Sequence[Sampled], now_s: float) -> None:
+    def step_ended(self, planned: PlannedStep, output: StepOutput, now_s: float) -> None:
+        step = planned.step
         self._ledger.unpin(step.attempts)
-        match lane:
+        match planned.lane:
             case PrefillLane(batcher=batcher):
-                for progress in batcher.commit(step, sampled):
+                for progress in batcher.commit(step, output.sampled):
                     self._prompt_progressed(progress, now_s)
-            case DecodeLane(batcher=batcher):
-                self._tokens_generated(batcher.commit(step, sampled))
+            case DecodeLane(route=route, batcher=batcher) as lane:
+                self._computed(step, route[0].layers)
+                if len(route) > 1:
+                    self._pipelines.pass_on(lane, step, output)
+                else:
+                    self._tokens_generated(batcher.commit(step, output.sampled))
+            case StageLane():
+                self._computed(step, engine_layers(planned.engine.spec))
+                self._tokens_generated(self._pipelines.ended(output))
         self._answer_releases()
         self._start_readings()
 
-    def step_failed(self, step: Step, message: str) -> None:
+    def step_failed(self, planned: PlannedStep, message: str) -> None:
         """The engine refused the step: none of its requests goes on."""
-        self._ledger.unpin(step.attempts)
-        for attempt in step.attempts:
-            if self._is_live(attempt):
-                self._fail(attempt, "engine", message)
+        self._ledger.unpin(planned.step.attempts)
+        if isinstance(planned.lane, StageLane):
+            self._pipelines.failed(message)
+        else:
+            self._fail_live(planned.step.attempts, message)
         self._answer_releases()
 
-    def step_abandoned(self, step: Step) -> None:
+    def step_abandoned(self, planned: PlannedStep) -> None:
         """The step's outcome will not be committed; nothing uses its blocks any more."""
-        self._ledger.unpin(step.attempts)
+        self._ledger.unpin(planned.step.attempts)
+
+    # The stage exchange
+
+    def stage_step(self, step: StageStep, source: StepSource, now_s: float) -> None:
+        """An earlier stage has sent a step."""
+        self._pipelines.arrived(step, source, now_s)
+        self._wake()
+
+    def stage_source_gone(self, source: StepSource) -> None:
+        """Nobody waits for the results of this source's steps any more."""
+        self._pipelines.source_gone(source)
+
+    def stage_result(self, result: StageResult, now_s: float) -> None:
+        """A later stage has answered a step."""
+        effects = self._pipelines.result(result)
+        self._fail_live(effects.failed, effects.error)
+        for attempt in effects.stalled:
+            self._stall(attempt, now_s)
+        self._wake()
+
+    def stage_broken(self, peer: NodeId, now_s: float) -> None:
+        """The stream to a later stage has broken: what was on it is lost, and nothing else."""
+        stalled = tuple(attempt for attempt in self._pipelines.broken(peer) if attempt in self._answers)
+        for attempt in stalled:
+            self._stall(attempt, now_s)
+        if stalled:
+            _log.warning("pipeline broken peer=%s stalled=%d", peer, len(stalled))
+            self._emit(PipelineBroken(peer=peer, attempts=stalled))
 
     # The KV exchange
 
     def admit(self, attempt: Attempt) -> bool:
         """Whether an attempt may take room here; older epochs of its request lose theirs."""
-        if not self._fence.admits(attempt):
+        if not self._attempts.fence.admits(attempt):
             return False
-        live = self._live.get(attempt.request_id)
+        live = self._attempts.live(attempt.request_id)
         if live is not None and live != attempt:
             self._drop(live)
-        self._fence.enter(attempt)
-        self._live[attempt.request_id] = attempt
+        self._attempts.enter(attempt)
         return True
 
-    def kv_complete(self, attempt: Attempt) -> None:
-        """All KV of the attempt's prompt is in the pool."""
-        with self._failing(attempt):
-            self._answers.kv_complete(attempt)
-            self._wake()
+    def admit_copy(self, attempt: Attempt) -> Admission:
+        """Like `admit`, but an older epoch is not dropped: its copies may become the newer one's."""
+        live = self._attempts.live(attempt.request_id)
+        if not self._attempts.fence.admits(attempt):
+            return "stale"
+        if live is not None and live != attempt:
+            return "early"
+        self._attempts.enter(attempt)
+        return "admitted"
 
-    def kv_lost(self, attempt: Attempt) -> None:
-        """The sender has gone before the prompt's KV was complete."""
-        self._ledger.drop(attempt)
+    def kv_complete(self, attempt: Attempt, part: PromptPart) -> None:
+        """All KV of these layers of the attempt's prompt is in the pool."""
+        self._holdings.add(attempt, part.layers, range(part.tokens), "copy" if part.backup else "own")
+        if part.backup:
+            self.report_copies([attempt])
+        else:
+            with self._failing(attempt):
+                self._start_answer(attempt)
+
+    def kv_lost(self, attempt: Attempt, part: PromptPart) -> None:
+        """The sender has gone before the KV of these layers was complete."""
+        if part.backup:
+            return
+        self._forget_kv(attempt)
         with self._failing(attempt):
             self._answers.kv_lost(attempt)
         self._start_readings()
 
     def kv_sent(self, attempt: Attempt, stats: TransferStats) -> None:
+        """All targets but backups have the prompt's KV."""
         self._emit(KvSent(attempt=attempt, stats=stats))
         _log.info(
             "kv sent %s transport=%s bytes=%d exposed_ms=%.1f", attempt, stats.transport, stats.bytes, stats.exposed_ms
         )
-        self._end(attempt)
 
     def kv_not_sent(self, attempt: Attempt, error: TransferError) -> None:
         self._fail(attempt, error.kind, str(error), error.peer)
 
+    def transfers_over(self, attempt: Attempt) -> None:
+        """Nothing more of the prompt is on its way."""
+        if not self._readings.stays(attempt):
+            self._end(attempt)
+
+    def copy_lost(self, attempt: Attempt, holder: NodeId, layers: range, message: str) -> None:
+        """A copy is not kept up any more; the request goes on without."""
+        _log.warning("copy lost %s holder=%s message=%s", attempt, holder, message)
+        first_layer, num_layers = layers.start, len(layers)
+        self._emit(
+            CopyLost(attempt=attempt, holder=holder, first_layer=first_layer, num_layers=num_layers, message=message)
+        )
+
+    def report_copies(self, attempts: Sequence[Attempt] | None = None) -> None:
+        """Tell how far copies reach that changed since they were last told, of these attempts or of all."""
+        if copies := self._holdings.copies_changed(attempts):
+            self._emit(KvCopied(copies=tuple(copies)))
+
     # Inside
 
-    def _admit_command(self, attempt: Attempt, *, is_known: bool) -> bool:
-        if is_known or not self.admit(attempt):
+    def _admit_command(self, attempt: Attempt, *, is_known: bool, resume_from: Attempt | None = None) -> bool:
+        """An attempt that resumes takes over what would else be dropped for it."""
+        if is_known or not (self._attempts.fence.admits(attempt) if resume_from else self.admit(attempt)):
             _log.info("command ignored %s reason=%s", attempt, "repeated" if is_known else "stale")
             return False
         return True
 
-    def _lose_copies(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
-        for copy in copies:
-            if copy.source == self.node_id:
-                self._emit(
-                    CopyLost(
-                        attempt=attempt,
-                        holder=copy.target.node_id,
-                        first_layer=copy.target.first_layer,
-                        num_layers=copy.target.num_layers,
-                        message="this node keeps no copies",
-                    )
-                )
+    def _take_over(self, attempt: Attempt, old: Attempt, tokens: int) -> None:
+        """KV of an older attempt becomes this one's. Raises RefusedError if there is none."""
+        if not self._attempts.is_live(old) or old not in self._ledger:
+            self.admit(attempt)
+            raise RefusedError("transfer", f"KV of {old} is not here")
+        self._detach(old)
+        self._holdings.rename(old, attempt, tokens)
+        self._attempts.enter(attempt)
+        _log.info("took over %s from_epoch=%d tokens=%d", attempt, old.epoch, tokens)
 
-    def _is_live(self, attempt: Attempt) -> bool:
-        return self._live.get(attempt.request_id) == attempt
+    def _start_answer(self, attempt: Attempt) -> None:
+        """Let an answer run as soon as its KV is here. Raises RefusedError if too little room was reserved."""
+        if (answer := self._answers.start_ready(attempt)) is not None:
+            self._keep_copies(attempt, answer.decode.copies)
+            self._wake()
+
+    def _keep_copies(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
+        if own := [copy for copy in copies if copy.source == self.node_id]:
+            self.copies.start(attempt, own)
 
     def _start_readings(self) -> None:
         self._readings.start_fitting()
         self._wake()
+
+    def _plan(self, lane: Lane, now_s: float) -> PlannedStep | None:
+        if isinstance(lane, StageLane):
+            return self._pipelines.plan(now_s)
+        step = lane.batcher.plan()
+        return None if step is None else PlannedStep(lane=lane, engine=lane.engine, step=step)
+
+    def _computed(self, step: Step, layers: range) -> None:
+        for segment in step.segments:
+            if self._attempts.is_live(segment.attempt):
+                self._holdings.computed(segment.attempt, layers, segment.end)
+                self.copies.advance(segment.attempt, layers, segment.end)
 
     def _prompt_progressed(self, progress: PromptProgress, now_s: float) -> None:
         self.transfers.advance(progress.attempt, progress.computed)
@@ -249,8 +379,11 @@ class Node:
         _log.info("prefill done %s prefill_ms=%.1f", progress.attempt, prefill_ms)
         if progress.first_token is not None and progress.first_token.finish is not None:
             self._end(progress.attempt)
-        elif not reading.prefill.targets:
-            self.kv_complete(progress.attempt)
+            return
+        if self._readings.is_sent_nowhere(reading):
+            self.kv_sent(progress.attempt, STAYED)
+        for part in self._readings.parts_here(reading):
+            self.kv_complete(progress.attempt, part)
 
     def _tokens_generated(self, generated: list[TokenGenerated]) -> None:
         if not generated:
@@ -274,32 +407,42 @@ class Node:
         self._emit(RequestFailed(attempt=attempt, kind=kind, message=message, peer=peer))
         self._end(attempt)
 
+    def _fail_live(self, attempts: Sequence[Attempt], message: str) -> None:
+        for attempt in attempts:
+            if self._attempts.is_live(attempt):
+                self._fail(attempt, "engine", message)
+
+    def _stall(self, attempt: Attempt, now_s: float) -> None:
+        self._answers.stall(attempt)
+        self._attempts.await_decision(attempt, now_s + self._lease_s)
+
     def _end(self, attempt: Attempt) -> None:
         """Nothing more of this attempt is wanted here."""
-        self._fence.close(attempt)
+        self._attempts.fence.close(attempt)
         self._drop(attempt)
 
     def _drop(self, attempt: Attempt) -> None:
         """Take the attempt out of everything that may hold it; its blocks are free when no step uses them."""
-        if self._is_live(attempt):
-            del self._live[attempt.request_id]
+        self._detach(attempt)
+        self._forget_kv(attempt)
+        self._start_readings()
+
+    def _detach(self, attempt: Attempt) -> None:
+        """Out of everything but its KV."""
+        self._attempts.leave(attempt)
         self._readings.drop(attempt)
         self._answers.drop(attempt)
         self.transfers.cancel(attempt)
         self.arrivals.forget(attempt)
+        self.copies.stop(attempt)
         self.lanes.remove(attempt)
+
+    def _forget_kv(self, attempt: Attempt) -> None:
+        self.arrivals.forget(attempt)
+        self._holdings.drop(attempt)
         self._ledger.drop(attempt)
-        self._start_readings()
 
     def _answer_releases(self) -> None:
         """Answer once no block of the request is held any more, by this epoch or an older one."""
-        if not self._unanswered_releases:
-            return
-        held = self._ledger.attempts()
-        still_held = []
-        for attempt in self._unanswered_releases:
-            if any(other.request_id == attempt.request_id and other.epoch <= attempt.epoch for other in held):
-                still_held.append(attempt)
-            else:
-                self._emit(Released(attempt=attempt))
-        self._unanswered_releases = still_held
+        for attempt in self._attempts.answered(self._ledger.attempts):
+            self._emit(Released(attempt=attempt))

@@ -19,6 +19,10 @@ from edgellm.runtime.config import NodeConfig, NodeError
 from edgellm.runtime.engine_loop import EngineLoop
 from edgellm.runtime.host import host_id, memory
 from edgellm.runtime.join import JoinClient, JoinHooks
+from edgellm.runtime.kv.copying.holder import CopyHolder
+from edgellm.runtime.kv.copying.holdings import Holdings
+from edgellm.runtime.kv.copying.queue import CopyConfig
+from edgellm.runtime.kv.copying.replicator import CopyHooks, Replicator
 from edgellm.runtime.kv.inbox import KvInbox
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.links import CHANNEL_OPTIONS, KvLinks, LinkConfig
@@ -27,9 +31,11 @@ from edgellm.runtime.kv.servicer import KvExchangeServicer
 from edgellm.runtime.loading import NodeEngines, make_lanes
 from edgellm.runtime.metrics import NodeMetrics
 from edgellm.runtime.node import Node
-from edgellm.runtime.rpc import cluster_pb2, kv_pb2_grpc
+from edgellm.runtime.rpc import cluster_pb2, kv_pb2_grpc, stage_pb2_grpc
+from edgellm.runtime.stages.servicer import ServicerHooks, StageExchangeServicer
+from edgellm.runtime.stages.streams import StageStreams, StreamHooks
 from edgellm.runtime.tasks import race
-from edgellm.runtime.wire import event_to_proto
+from edgellm.runtime.wire import event_to_proto, held_to_proto
 
 _TICK_S: Final = 0.05
 
@@ -50,19 +56,26 @@ class NodeServer:
         self.ledger = BlockLedger(engines.pool)
         self.metrics = NodeMetrics(config.node_id)
         work = asyncio.Event()
+        self.holdings = Holdings(self.ledger)
         self.node = Node(
             node_id=config.node_id,
             lanes=make_lanes(engines, config),
             ledger=self.ledger,
+            holdings=self.holdings,
             emit=self._emit,
             wake=work.set,
+            lease_s=config.join.lease_s,
         )
         self._engine_loop = EngineLoop(self.node, work, self.metrics.step_ended)
         self._inbox = KvInbox(
             ledger=self.ledger, admit=self.node.admit, on_complete=self.node.kv_complete, on_lost=self.node.kv_lost
         )
-        self._sender = self._make_sender()
+        self._holder = CopyHolder(holdings=self.holdings, admit=self.node.admit_copy)
+        self._links = self._make_links()
+        self._sender, self._replicator = self._make_sender(), self._make_replicator()
+        self._streams = self._make_streams()
         self.node.transfers, self.node.arrivals = self._sender, self._inbox
+        self.node.copies, self.node.links = self._replicator, self._streams
         self._join = JoinClient(
             config.join,
             JoinHooks(hello=self._hello, heartbeat=self._heartbeat, handle=self._handle, reset=self._reset),
@@ -82,7 +95,10 @@ class NodeServer:
                 )
         finally:
             self.node.drop_everything()
+            await self._streams.close()
+            await self._replicator.close()
             await self._sender.close()
+            await self._links.close()
             self._engine_loop.close()
             self._engines.close()
             self.metrics.close()
@@ -96,29 +112,67 @@ class NodeServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
+    def _make_links(self) -> KvLinks:
+        config = LinkConfig(node_id=self._config.node_id, host_id=self._host_id, allow_shm=self._config.allow_shm)
+        return KvLinks(config, self._engines.contract)
+
     def _make_sender(self) -> KvSender:
-        link_config = LinkConfig(node_id=self._config.node_id, host_id=self._host_id, allow_shm=self._config.allow_shm)
         return KvSender(
             pool=self._engines.pool,
-            links=KvLinks(link_config, self._engines.contract),
+            links=self._links,
             codec=self._config.kv_codec,
             prefill_tokens_per_s=lambda: self._engine_loop.progress.prefill_tokens_per_s,
-            hooks=SenderHooks(on_sent=self.node.kv_sent, on_failed=self.node.kv_not_sent, on_crash=self._crashed),
+            hooks=SenderHooks(
+                on_sent=self.node.kv_sent,
+                on_backup_lost=lambda attempt, target, message: self.node.copy_lost(
+                    attempt, target.node_id, target.layers, message
+                ),
+                on_over=self.node.transfers_over,
+                on_failed=self.node.kv_not_sent,
+                on_crash=self._crashed,
+            ),
             now_s=time.monotonic,
+        )
+
+    def _make_replicator(self) -> Replicator:
+        return Replicator(
+            holdings=self.holdings,
+            links=self._links,
+            config=CopyConfig(),
+            hooks=CopyHooks(on_lost=self.node.copy_lost, on_crash=self._crashed),
+        )
+
+    def _make_streams(self) -> StageStreams:
+        return StageStreams(
+            StreamHooks(
+                on_result=lambda result: self.node.stage_result(result, time.monotonic()),
+                on_broken=lambda peer: self.node.stage_broken(peer, time.monotonic()),
+                on_crash=self._crashed,
+                on_round_trip=self.metrics.stage_round_trip,
+            )
         )
 
     @contextlib.asynccontextmanager
     async def _exchange(self) -> AsyncIterator[None]:
-        """The KV exchange, listening. Raises NodeError if the address cannot be had."""
+        """The KV and stage exchanges, listening. Raises NodeError if the address cannot be had."""
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0), *CHANNEL_OPTIONS))
         servicer = KvExchangeServicer(
             node_id=self._config.node_id,
             contract=self._engines.contract,
             inbox=self._inbox,
+            copies=self._holder,
             config=self._config.exchange,
             on_crash=self._crashed,
         )
         kv_pb2_grpc.add_KvExchangeServicer_to_server(servicer, server)
+        steps = StageExchangeServicer(
+            ServicerHooks(
+                on_step=lambda step, source: self.node.stage_step(step, source, time.monotonic()),
+                on_gone=self.node.stage_source_gone,
+                on_crash=self._crashed,
+            )
+        )
+        stage_pb2_grpc.add_StageExchangeServicer_to_server(steps, server)
         try:
             bound = server.add_insecure_port(self._config.listen)
         except RuntimeError as error:
@@ -177,7 +231,6 @@ class NodeServer:
 
     def _hello(self) -> cluster_pb2.Hello:
         pool, engines = self._engines.pool, self._engines
-        bytes_per_token = len(pool.layers) * pool.contract.block_bytes // pool.contract.block_tokens
         return cluster_pb2.Hello(
             node_id=self._config.node_id,
             pid=os.getpid(),
@@ -185,19 +238,19 @@ class NodeServer:
             device_class=engines.all[0].spec.device_class,
             bundle_sha256=engines.bundle_sha256,
             kv_contract_sha256=engines.contract.sha256,
-            engines=[
-                _engine_info(engine.spec, planned=engine.spec.name == self._config.engine) for engine in engines.all
-            ],
+            engines=[_engine_info(engine.spec, planned=engine.spec.name == engines.planned) for engine in engines.all],
             kv_blocks=pool.num_blocks,
             block_tokens=pool.contract.block_tokens,
             exchange_address=self._exchange_address,
             host_id=self._host_id,
-            kv_bytes_per_token=bytes_per_token,
+            kv_bytes_per_token=engines.contract.bytes_per_token,
             spare=self._config.spare,
+            held=[held_to_proto(held) for held in self.node.held],
         )
 
     def _heartbeat(self) -> cluster_pb2.Heartbeat:
         progress, resident = self._engine_loop.progress, memory()
+        self.node.report_copies()
         self.metrics.observe(self.node, self._engines.pool, self._inbox.counters)
         return cluster_pb2.Heartbeat(
             steps=progress.steps,

@@ -15,6 +15,7 @@ _FINISH: dict[FinishReason | None, inference_pb2.FinishReason.ValueType] = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
 }
+_FINISHED = {reason: finish for finish, reason in _FINISH.items()}
 _FAILURE: dict[messages.FailureKind, cluster_pb2.FailureKind.ValueType] = {
     "engine": cluster_pb2.FAILURE_KIND_ENGINE,
     "transfer": cluster_pb2.FAILURE_KIND_TRANSFER,
@@ -190,7 +191,7 @@ def _copy_lost(event: messages.CopyLost) -> cluster_pb2.CopyLost:
 def _prefill_done(event: messages.PrefillDone) -> cluster_pb2.PrefillDone:
     first_token = None
     if event.first_token is not None:
-        first_token = _token(event.first_token, with_logprob=event.logprobs)
+        first_token = token_to_proto(event.first_token, with_logprob=event.logprobs)
     return cluster_pb2.PrefillDone(
         attempt=attempt_to_proto(event.attempt), first_token=first_token, prefill_ms=event.prefill_ms
     )
@@ -201,19 +202,25 @@ def _tokens(event: messages.Tokens) -> cluster_pb2.Tokens:
         tokens=[
             cluster_pb2.AttemptToken(
                 attempt=attempt_to_proto(generated.attempt),
-                token=_token(generated.token, with_logprob=generated.attempt in event.with_logprob),
+                token=token_to_proto(generated.token, with_logprob=generated.attempt in event.with_logprob),
             )
             for generated in event.tokens
         ]
     )
 
 
-def _token(token: SampledToken, *, with_logprob: bool) -> cluster_pb2.SampledToken:
+def token_to_proto(token: SampledToken, *, with_logprob: bool) -> cluster_pb2.SampledToken:
     return cluster_pb2.SampledToken(
         index=token.index,
         token_id=token.token_id,
         logprob=token.logprob if with_logprob else None,
         finish_reason=_FINISH[token.finish],
+    )
+
+
+def token_from_proto(token: cluster_pb2.SampledToken) -> SampledToken:
+    return SampledToken(
+        index=token.index, token_id=token.token_id, logprob=token.logprob, finish=_FINISHED[token.finish_reason]
     )
 
 

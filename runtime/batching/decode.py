@@ -1,6 +1,6 @@
 """Iteration-level (continuous) batching: every step takes one row of each running sequence, and catch-up rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,14 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.engines.spec import EngineLimits
-from edgellm.runtime.batching.steps import Sample, Sampled, Segment, Step, build_step
+from edgellm.runtime.batching.steps import Sampled, Segment, Step, build_step
+from edgellm.runtime.batching.transcript import Transcript
 from edgellm.runtime.generation import Generation, SampledToken
 from edgellm.runtime.kv.types import Attempt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Continuation:
-    """An answer to continue; KV of the prompt exists, KV of the generated tokens does not."""
+    """An answer to continue."""
 
     attempt: Attempt
     prompt: npt.NDArray[np.int32]
@@ -24,6 +25,8 @@ class Continuation:
     blocks: npt.NDArray[np.int32]
     """Enough for the prompt and `generation.max_tokens`."""
     generation: Generation
+    computed: int | None = None
+    """Positions that have KV, fewer than there are tokens. None: the prompt's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,55 +42,50 @@ class _Running:
 
     def __init__(self, continuation: Continuation) -> None:
         self.continuation = continuation
-        self.num_prompt = len(continuation.prompt)
-        self.num_tokens = self.num_prompt + len(continuation.generated)
-        self.num_computed = self.num_prompt
-        self.tokens = np.empty(self.num_prompt + continuation.generation.max_tokens, np.int32)
-        self.tokens[: self.num_tokens] = np.concatenate([continuation.prompt, continuation.generated])
+        self.transcript = Transcript(continuation.prompt, continuation.generated, continuation.generation)
+        self.num_computed = len(continuation.prompt) if continuation.computed is None else continuation.computed
+        self.step: Step | None = None
+        """The step that it is in, from `plan` to `commit`."""
 
     @property
     def pending(self) -> int:
         """Known tokens without KV: 1, or more while catching up."""
-        return self.num_tokens - self.num_computed
+        return self.transcript.num_tokens - self.num_computed
 
     def segment(self, rows: int) -> Segment:
-        sample = None
-        if rows == self.pending:
-            index = self.num_tokens - self.num_prompt
-            history = self.tokens[: self.num_tokens]
-            sample = Sample(sampling=self.continuation.generation.sampling, history=history, index=index)
         return Segment(
             attempt=self.continuation.attempt,
-            tokens=self.tokens[self.num_computed : self.num_computed + rows],
+            rows=rows,
+            tokens=self.transcript.rows(self.num_computed, rows),
             first_position=self.num_computed,
             blocks=self.continuation.blocks,
-            sample=sample,
+            sample=self.transcript.next_sample() if rows == self.pending else None,
         )
-
-    def append(self, draw: Sampled) -> SampledToken:
-        index = self.num_tokens - self.num_prompt
-        self.tokens[self.num_tokens] = draw.token_id
-        self.num_tokens += 1
-        finish = self.continuation.generation.finish_reason(index, draw.token_id)
-        return SampledToken(index=index, token_id=draw.token_id, logprob=draw.logprob, finish=finish)
 
 
 class DecodeBatcher:
     """Runs all sequences together. Blocks are reserved up front, so nothing is ever preempted.
 
     Where limits allow fewer sequences in a step than are running, the least recently served go first. Every sequence
-    of a step gets one row; rows left over go to those that catch up on known tokens.
+    of a step gets one row; rows left over go to those that catch up on known tokens. A pipeline of `depth` nodes has
+    up to that many steps under way (micro-batches), each with its share of the sequences, so that every node has one.
     """
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, depth: int = 1) -> None:
         self._max_rows = limits.max_rows
         self._max_sequences = min(limits.max_sequences, limits.max_rows)
+        self._depth = depth
         self._running: dict[Attempt, _Running] = {}
         """Least recently served first."""
 
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def steps_under_way(self) -> int:
+        """Planned and not committed, but for those of which every sequence was removed."""
+        return len({id(running.step) for running in self._running.values() if running.step is not None})
 
     def add(self, continuation: Continuation) -> None:
         self._running[continuation.attempt] = _Running(continuation)
@@ -97,15 +95,20 @@ class DecodeBatcher:
         self._running.pop(attempt, None)
 
     def plan(self) -> Step | None:
-        """The next iteration, or None if nothing is running. Call again only after `commit`."""
-        served = list(islice(self._running.values(), self._max_sequences))
+        """The next iteration, or None if nothing can run before another step is committed."""
+        if self.steps_under_way >= self._depth:
+            return None
+        served = list(islice(self._idle(), min(self._max_sequences, -(-len(self._running) // self._depth))))
         rows_left = self._max_rows - len(served)
         segments = []
         for running in served:
             extra = min(running.pending - 1, rows_left)
             rows_left -= extra
             segments.append(running.segment(1 + extra))
-        return build_step(segments) if segments else None
+        step = build_step(segments) if segments else None
+        for running in served:
+            running.step = step
+        return step
 
     def commit(self, step: Step, sampled: Sequence[Sampled]) -> list[TokenGenerated]:
         """Take in a finished step; `sampled` in the order of `step.samples`."""
@@ -113,17 +116,25 @@ class DecodeBatcher:
         generated = []
         for segment in step.segments:
             draw = next(draws) if segment.sample is not None else None
-            running = self._running.pop(segment.attempt, None)
-            if running is None:
+            running = self._running.get(segment.attempt)
+            if running is None or running.step is not step:
                 continue
-            self._running[segment.attempt] = running
-            running.num_computed += len(segment.tokens)
+            self._serve(running, segment.rows)
             if draw is not None:
                 generated.append(self._append(running, draw))
         return generated
 
+    def _idle(self) -> Iterator[_Running]:
+        return (running for running in self._running.values() if running.step is None)
+
+    def _serve(self, running: _Running, rows: int) -> None:
+        attempt = running.continuation.attempt
+        self._running[attempt] = self._running.pop(attempt)
+        running.num_computed += rows
+        running.step = None
+
     def _append(self, running: _Running, draw: Sampled) -> TokenGenerated:
-        token = running.append(draw)
+        token = running.transcript.append(draw)
         if token.finish is not None:
             del self._running[running.continuation.attempt]
         return TokenGenerated(attempt=running.continuation.attempt, token=token)

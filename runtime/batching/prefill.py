@@ -97,7 +97,7 @@ class PrefillBatcher:
         for segment in step.segments:
             draw = next(draws) if segment.sample is not None else None
             if reading := readings.get(segment.attempt):
-                reading.computed += len(segment.tokens)
+                reading.computed += segment.rows
                 progress.append(_progress(reading, draw))
         self._batch = [reading for reading in self._batch if reading.remaining]
         return progress
@@ -118,6 +118,7 @@ def _segment(reading: _Reading, rows: int) -> Segment:
         sample = Sample(sampling=prompt.generation.sampling, history=prompt.tokens, index=0)
     return Segment(
         attempt=prompt.attempt,
+        rows=rows,
         tokens=prompt.tokens[reading.computed : reading.computed + rows],
         first_position=reading.computed,
         blocks=prompt.blocks,

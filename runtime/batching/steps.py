@@ -28,12 +28,18 @@ class Segment:
     """Consecutive rows of one sequence."""
 
     attempt: Attempt
-    tokens: npt.NDArray[np.int32]
-    """[rows]."""
+    rows: int
+    tokens: npt.NDArray[np.int32] | None
+    """[rows]; None on a later stage of a pipeline, which takes hidden states."""
     first_position: int
     blocks: npt.NDArray[np.int32]
     """[blocks of the sequence]."""
     sample: Sample | None
+
+    @property
+    def end(self) -> int:
+        """Positions that have KV once the rows were computed."""
+        return self.first_position + self.rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,16 +71,29 @@ class Sampled:
     logprob: float
 
 
-def build_step(segments: Sequence[Segment]) -> Step:
-    """Lay segments out as one ragged batch, in their order. `segments` is not empty."""
-    row_starts = np.fromiter(accumulate((len(s.tokens) for s in segments), initial=0), np.int32, len(segments) + 1)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepOutput:
+    """What a step gave: tokens, or at an earlier stage hidden states."""
+
+    sampled: tuple[Sampled, ...] = ()
+    """In the order of the step's samples."""
+    hidden: npt.NDArray[np.float16] | None = None
+    """[rows, hidden_size]."""
+
+
+def build_step(segments: Sequence[Segment], hidden: npt.NDArray[np.float32] | None = None) -> Step:
+    """Lay segments out as one ragged batch, in their order. `segments` is not empty.
+
+    hidden [rows, hidden_size] is what a later stage takes in place of the segments' tokens.
+    """
+    row_starts = np.fromiter(accumulate((s.rows for s in segments), initial=0), np.int32, len(segments) + 1)
     tables = np.full((len(segments), max(len(s.blocks) for s in segments)), -1, np.int32)
     for table, segment in zip(tables, segments, strict=True):
         table[: len(segment.blocks)] = segment.blocks
     last_rows = [int(end) - 1 for end, s in zip(row_starts[1:], segments, strict=True) if s.sample is not None]
     batch = Batch(
-        tokens=np.concatenate([s.tokens for s in segments]),
-        hidden=None,
+        tokens=np.concatenate([s.tokens for s in segments if s.tokens is not None]) if hidden is None else None,
+        hidden=hidden,
         row_starts=row_starts,
         first_positions=np.array([s.first_position for s in segments], np.int32),
         block_tables=tables,

@@ -1,6 +1,7 @@
 """The receiving end of the KV exchange, without its I/O: reserve, verify, re-assemble, acknowledge."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """The chunk is in the pool; `complete` if that was all that was missing."""
+    """The chunk is in the pool; `complete` if its part of the prompt is."""
 
     complete: bool
 
@@ -65,13 +66,38 @@ class InboxCounters:
     duplicate: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptPart:
+    """Some layers of a prompt's KV: what this node carries, or what it holds for another."""
+
+    layers: range
+    tokens: int
+    """All of the prompt."""
+    backup: bool
+
+
 @dataclass(kw_only=True, eq=False)
 class _Arriving:
+    """One attempt, until somebody forgets it: what comes twice is told from what is new."""
+
     prompt_tokens: int
     blocks: list[BlockId]
     missing: npt.NDArray[np.bool_]
-    """[layers, kv_heads, blocks of the prompt]."""
-    senders: int = 1
+    """[layers of the pool, kv_heads, blocks of the prompt]."""
+    first_layer: int
+    """Of the pool."""
+    senders: Counter[PromptPart] = field(default_factory=Counter)
+    complete: set[PromptPart] = field(default_factory=set)
+
+    def rows(self, layers: range) -> npt.NDArray[np.bool_]:
+        """View of `missing` for some layers."""
+        return self.missing[layers.start - self.first_layer : layers.stop - self.first_layer]
+
+    def newly_complete(self) -> list[PromptPart]:
+        """Parts of which the last piece was installed; each is named once."""
+        new = [part for part in self.senders if part not in self.complete and not self.rows(part.layers).any()]
+        self.complete.update(new)
+        return new
 
 
 @dataclass(kw_only=True, eq=False)
@@ -81,32 +107,28 @@ class KvInbox:
     ledger: BlockLedger
     admit: Callable[[Attempt], bool]
     """Whether the attempt is not stale; makes older epochs of its request stale."""
-    on_complete: Callable[[Attempt], None]
-    """The last missing piece was installed. The blocks stay with the attempt."""
-    on_lost: Callable[[Attempt], None]
-    """The last sender has gone before the KV was complete; called once, after the attempt was forgotten here."""
+    on_complete: Callable[[Attempt, PromptPart], None]
+    """The last missing piece of a part was installed. The blocks stay with the attempt."""
+    on_lost: Callable[[Attempt, PromptPart], None]
+    """The last sender of a part has gone before it was complete. Unless that is a backup, the attempt was forgotten."""
     counters: InboxCounters = field(default_factory=InboxCounters)
     _arriving: dict[Attempt, _Arriving] = field(default_factory=dict)
 
-    def open(self, attempt: Attempt, *, prompt_tokens: int, capacity_tokens: int) -> Opened | Stale | NoCapacity:
-        """Reserve blocks for the whole request. Every successful open is matched by one `close`."""
+    def open(self, attempt: Attempt, part: PromptPart, *, capacity_tokens: int) -> Opened | Stale | NoCapacity:
+        """Reserve blocks for the whole request, once. Every successful open of a part is matched by one `close`."""
         if not self.admit(attempt):
             self.counters.stale += 1
             return Stale()
-        if arriving := self._arriving.get(attempt):
-            arriving.senders += 1
-            return Opened()
-        if attempt in self.ledger or not 0 < prompt_tokens <= capacity_tokens:
-            return NoCapacity(message=f"{attempt}: {prompt_tokens} of {capacity_tokens} tokens, or KV is here already")
+        pool = self.ledger.pool
+        if not _within(part.layers, pool.layers) or not 0 < part.tokens <= capacity_tokens:
+            return NoCapacity(message=f"{part} is not inside of {pool.layers}, {capacity_tokens} tokens")
         try:
-            blocks = self.ledger.reserve(attempt, capacity_tokens)
+            arriving = self._arriving.get(attempt) or self._begin(attempt, part.tokens, capacity_tokens)
         except KvPoolExhaustedError as error:
             return NoCapacity(message=str(error))
-        pool = self.ledger.pool
-        shape = (len(pool.layers), pool.contract.kv_heads, pool.contract.blocks_for(prompt_tokens))
-        self._arriving[attempt] = _Arriving(
-            prompt_tokens=prompt_tokens, blocks=blocks, missing=np.ones(shape, np.bool_)
-        )
+        if part.tokens != arriving.prompt_tokens:
+            return NoCapacity(message=f"{attempt} has {arriving.prompt_tokens} prompt tokens, not {part.tokens}")
+        arriving.senders[part] += 1
         return Opened()
 
     def install(self, chunk: Chunk) -> Installed | Stale | Corrupt:
@@ -120,40 +142,50 @@ class KvInbox:
             self.counters.corrupt += 1
             return Corrupt(message=problem)
         missing = self._missing_of(arriving, chunk.where)
-        if not missing.any():
-            self.counters.duplicate += 1
-            return Installed(complete=not arriving.missing.any())
-        return self._install(arriving, chunk, missing)
+        if missing.any():
+            return self._install(arriving, chunk, missing)
+        self.counters.duplicate += 1
+        return self._installed(arriving, chunk)
 
-    def close(self, attempt: Attempt) -> None:
-        """One of the attempt's senders has gone."""
+    def close(self, attempt: Attempt, part: PromptPart) -> None:
+        """One of a part's senders has gone."""
         arriving = self._arriving.get(attempt)
-        if arriving is None:
+        if arriving is None or not arriving.senders[part]:
             return
-        arriving.senders -= 1
-        if arriving.senders == 0:
-            del self._arriving[attempt]
-            if arriving.missing.any():
-                self.on_lost(attempt)
+        arriving.senders[part] -= 1
+        if not arriving.senders[part] and arriving.rows(part.layers).any():
+            if not part.backup:
+                del self._arriving[attempt]
+            self.on_lost(attempt, part)
 
     def forget(self, attempt: Attempt) -> None:
         """Stop receiving; who asks frees the blocks."""
         self._arriving.pop(attempt, None)
 
-    def is_arriving(self, attempt: Attempt) -> bool:
-        """Whether some of the attempt's KV is still to come."""
-        arriving = self._arriving.get(attempt)
-        return arriving is not None and bool(arriving.missing.any())
+    def _begin(self, attempt: Attempt, prompt_tokens: int, capacity_tokens: int) -> _Arriving:
+        """Raises KvPoolExhaustedError."""
+        pool = self.ledger.pool
+        is_reserved = attempt in self.ledger
+        blocks = self.ledger.blocks(attempt) if is_reserved else self.ledger.reserve(attempt, capacity_tokens)
+        shape = (len(pool.layers), pool.contract.kv_heads, pool.contract.blocks_for(prompt_tokens))
+        arriving = _Arriving(
+            prompt_tokens=prompt_tokens,
+            blocks=blocks,
+            missing=np.ones(shape, np.bool_),
+            first_layer=pool.layers.start,
+        )
+        self._arriving[attempt] = arriving
+        return arriving
 
     def _problem(self, arriving: _Arriving, chunk: Chunk) -> str | None:
         pool, where = self.ledger.pool, chunk.where
         inside = (
-            _within(where.layers, pool.layers)
+            any(_within(where.layers, part.layers) for part in arriving.senders)
             and _within(where.heads, range(pool.contract.kv_heads))
             and _within(where.tokens, range(arriving.prompt_tokens))
         )
         if not inside:
-            return f"{where} is not inside layers {pool.layers}, {arriving.prompt_tokens} tokens"
+            return f"{where} is not inside of what was announced, {arriving.prompt_tokens} tokens"
         block_tokens = pool.contract.block_tokens
         ends_whole = where.tokens.stop % block_tokens == 0 or where.tokens.stop == arriving.prompt_tokens
         if where.tokens.start % block_tokens or not ends_whole:
@@ -164,13 +196,8 @@ class KvInbox:
 
     def _missing_of(self, arriving: _Arriving, where: KvRange) -> npt.NDArray[np.bool_]:
         """View of `missing` that the range covers."""
-        first = self.ledger.pool.layers.start
         blocks = where.blocks(self.ledger.pool.contract)
-        return arriving.missing[
-            where.layers.start - first : where.layers.stop - first,
-            where.heads.start : where.heads.stop,
-            blocks.start : blocks.stop,
-        ]
+        return arriving.rows(where.layers)[:, where.heads.start : where.heads.stop, blocks.start : blocks.stop]
 
     def _install(self, arriving: _Arriving, chunk: Chunk, missing: npt.NDArray[np.bool_]) -> Installed | Corrupt:
         try:
@@ -182,10 +209,14 @@ class KvInbox:
         missing[...] = False
         self.counters.chunks += 1
         self.counters.bytes += len(chunk.payload)
-        complete = not arriving.missing.any()
-        if complete:
-            self.on_complete(chunk.attempt)
-        return Installed(complete=complete)
+        for part in arriving.newly_complete():
+            self.on_complete(chunk.attempt, part)
+        return self._installed(arriving, chunk)
+
+    def _installed(self, arriving: _Arriving, chunk: Chunk) -> Installed:
+        """Complete if that was the last of the part that the chunk belongs to."""
+        parts = [part for part in arriving.senders if _within(chunk.where.layers, part.layers)]
+        return Installed(complete=all(part in arriving.complete for part in parts))
 
 
 def _within(inner: range, outer: range) -> bool:

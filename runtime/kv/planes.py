@@ -34,13 +34,13 @@ def gather(pool: KvPool, blocks: Sequence[BlockId], where: KvRange) -> Planes:
 
 
 def scatter(pool: KvPool, blocks: Sequence[BlockId], where: KvRange, planes: Planes) -> None:
-    """Copy planes into the pool. Slots after the range's last token, in its last block, become zero."""
+    """Copy planes into the pool; what lies around the range stays."""
     contract = pool.contract
     chosen = [blocks[index] for index in where.blocks(contract)]
     heads = slice(where.heads.start, where.heads.stop)
-    whole_blocks = len(where.heads) == contract.kv_heads
+    whole_blocks = len(where.heads) == contract.kv_heads and where.tokens.stop % contract.block_tokens == 0
     for index, layer in enumerate(where.layers):
-        stored = np.zeros((len(chosen), contract.block_bytes), np.uint8) if whole_blocks else pool.read(chosen, layer)
+        stored = np.empty((len(chosen), contract.block_bytes), np.uint8) if whole_blocks else pool.read(chosen, layer)
         for target, plane in zip(_plane_views(contract, stored[None]), planes, strict=True):
             _fill(target[0], plane[index], heads)
         pool.write(chosen, layer, stored)

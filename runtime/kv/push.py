@@ -36,7 +36,7 @@ class KvPush:
         self, job: TransferJob, target: KvTarget, *, pool: KvPool, codec: Callable[[KvLink], str], clock: SendingClock
     ) -> None:
         self._job = job
-        self._target = target
+        self.target = target
         self._pool = pool
         self._choose_codec = codec
         self._clock = clock
@@ -92,7 +92,7 @@ class KvPush:
             await self._run_once(links)
 
     async def _run_once(self, links: KvLinks) -> None:
-        async with links.use(self._target) as link:
+        async with links.use(self.target) as link:
             await self._run_on(link)
             link.observe(self._bytes, self._clock.busy_s)
 
@@ -114,7 +114,9 @@ class KvPush:
             attempt=attempt_to_proto(self._job.attempt),
             prompt_tokens=self._job.prompt_tokens,
             capacity_tokens=self._job.capacity_tokens,
-            backup=self._target.backup,
+            backup=self.target.backup,
+            first_layer=self.target.first_layer,
+            num_layers=self.target.num_layers,
         )
         await write(call, kv_pb2.KvMessage(open=opening))
         ack = await call.read()
@@ -198,7 +200,7 @@ class KvPush:
     @property
     def _layers(self) -> range:
         """The target's layers that this node computes."""
-        ours, theirs = self._pool.layers, self._target.layers
+        ours, theirs = self._pool.layers, self.target.layers
         return range(max(ours.start, theirs.start), min(ours.stop, theirs.stop))
 
     def _resend(self, where: KvRange, reason: str) -> None:
@@ -209,7 +211,7 @@ class KvPush:
 
     def _check(self, ack: kv_pb2.KvAck) -> None:
         if ack.status == kv_pb2.KV_ACK_STATUS_NO_CAPACITY:
-            raise TransferError("capacity", self._target.node_id, ack.message)
+            raise TransferError("capacity", self.target.node_id, ack.message)
         if ack.status == kv_pb2.KV_ACK_STATUS_STALE:
             raise self._failure("the receiver has released this attempt")
 
@@ -223,4 +225,4 @@ class KvPush:
         await self._wake.wait()
 
     def _failure(self, message: str) -> TransferError:
-        return TransferError("transfer", self._target.node_id, f"KV to {self._target.node_id}: {message}")
+        return TransferError("transfer", self.target.node_id, f"KV to {self.target.node_id}: {message}")

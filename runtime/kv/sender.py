@@ -10,7 +10,7 @@ from edgellm.runtime.kv.links import KvLink, KvLinks
 from edgellm.runtime.kv.push import KvPush
 from edgellm.runtime.kv.sending_clock import SendingClock
 from edgellm.runtime.kv.transfer import TransferError, TransferJob
-from edgellm.runtime.kv.types import Attempt, TransferStats
+from edgellm.runtime.kv.types import Attempt, KvTarget, TransferStats
 from edgellm.runtime.tasks import run_all
 
 
@@ -35,9 +35,13 @@ class _Sending:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SenderHooks:
-    """Who is told how a transfer ended; the first two are not called for cancelled ones."""
+    """Who is told how a transfer ended; but for the last, not called for cancelled ones."""
 
     on_sent: Callable[[Attempt, TransferStats], None]
+    """Every target but backups has everything; not called where all are backups."""
+    on_backup_lost: Callable[[Attempt, KvTarget, str], None]
+    on_over: Callable[[Attempt], None]
+    """Nothing is being sent any more, and nothing failed but backups."""
     on_failed: Callable[[Attempt, TransferError], None]
     on_crash: Callable[[BaseException], None]
     """Given what nobody expected."""
@@ -88,21 +92,36 @@ class KvSender:
             sending.task.cancel()
 
     async def close(self) -> None:
-        """Cancel everything, and close the links."""
+        """Cancel everything."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._links.close()
 
     async def _run(self, attempt: Attempt, pushes: tuple[KvPush, ...]) -> None:
+        needed = tuple(push for push in pushes if not push.target.backup)
+        backups = asyncio.gather(*(self._back_up(attempt, push) for push in pushes if push.target.backup))
         try:
-            await run_all(*(push.run(self._links) for push in pushes))
+            if needed:
+                await run_all(*(push.run(self._links) for push in needed))
+                self._hooks.on_sent(attempt, _sum(needed))
+            await backups
         except TransferError as error:
+            backups.cancel()
             self._sending.pop(attempt, None)
             self._hooks.on_failed(attempt, error)
         else:
             self._sending.pop(attempt, None)
-            self._hooks.on_sent(attempt, _sum(pushes))
+            self._hooks.on_over(attempt)
+        finally:
+            backups.cancel()
+            await asyncio.gather(backups, return_exceptions=True)
+
+    async def _back_up(self, attempt: Attempt, push: KvPush) -> None:
+        """A backup that fails costs protection, and nothing else."""
+        try:
+            await push.run(self._links)
+        except TransferError as error:
+            self._hooks.on_backup_lost(attempt, push.target, str(error))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -1,4 +1,5 @@
-"""The receiving end of the KV exchange, over gRPC: handshake, then one Push stream per request and sender."""
+"""The receiving end of the KV exchange, over gRPC: handshake, then a Push stream per request and sender, and one Copy
+stream per sender."""
 
 import asyncio
 import logging
@@ -13,7 +14,9 @@ import grpc.aio
 from edgellm.engines.kv import KvContract
 from edgellm.runtime.kv.chunks import KvRange
 from edgellm.runtime.kv.codecs import codec_names
-from edgellm.runtime.kv.inbox import Chunk, Corrupt, Installed, KvInbox, NoCapacity, Opened, Stale
+from edgellm.runtime.kv.copying.holder import CopyHolder
+from edgellm.runtime.kv.copying.receiver import CopyContext, receive_copies
+from edgellm.runtime.kv.inbox import Chunk, Corrupt, Installed, KvInbox, NoCapacity, Opened, PromptPart, Stale
 from edgellm.runtime.kv.sessions import Session, Sessions, SessionsFullError, session_name
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.rpc import kv_pb2, kv_pb2_grpc
@@ -45,7 +48,7 @@ class ExchangeConfig:
 
 
 class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
-    """Shell around a KvInbox. What nobody expected is given to `on_crash` and ends the stream."""
+    """Shell around a KvInbox and a CopyHolder. What nobody expected is given to `on_crash` and ends the stream."""
 
     def __init__(
         self,
@@ -53,12 +56,14 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         node_id: NodeId,
         contract: KvContract,
         inbox: KvInbox,
+        copies: CopyHolder,
         config: ExchangeConfig,
         on_crash: Callable[[BaseException], None],
     ) -> None:
         self._node_id = node_id
         self._contract = contract
         self._inbox = inbox
+        self._copies = copies
         self._config = config
         self._on_crash = on_crash
         self._sessions = Sessions(config.max_sessions)
@@ -85,9 +90,21 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
     async def Push(  # type: ignore[override]  # noqa: N802  # the generated base declares a generator
         self, request_iterator: object, context: _PushContext
     ) -> None:
+        async with self._stream(context) as session:
+            await self._receive(session, context)
+
+    async def Copy(  # type: ignore[override]  # noqa: N802  # as above
+        self, request_iterator: object, context: CopyContext
+    ) -> None:
+        async with self._stream(context) as session:
+            await receive_copies(self._copies, session.incoming, context, idle_timeout_s=self._config.idle_timeout_s)
+
+    @asynccontextmanager
+    async def _stream(self, context: _PushContext | CopyContext) -> AsyncIterator[Session]:
+        """The handshake that a stream belongs to. A stream that breaks ends quietly."""
         try:
             async with self._joined_session(context) as session:
-                await self._receive(session, context)
+                yield session
         except grpc.aio.AbortError:
             raise
         except (grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
@@ -97,8 +114,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
             raise
 
     @asynccontextmanager
-    async def _joined_session(self, context: _PushContext) -> AsyncIterator[Session]:
-        """The handshake this stream belongs to."""
+    async def _joined_session(self, context: _PushContext | CopyContext) -> AsyncIterator[Session]:
         name = str(dict(context.invocation_metadata() or ()).get(SENDER_METADATA, ""))
         session = self._sessions.get(name)
         if session is None:
@@ -111,9 +127,12 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         if first is None or first.WhichOneof("message") != "open":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a Push stream starts with `open`")
         attempt = attempt_from_proto(first.open.attempt)
-        outcome = self._inbox.open(
-            attempt, prompt_tokens=first.open.prompt_tokens, capacity_tokens=first.open.capacity_tokens
+        part = PromptPart(
+            layers=range(first.open.first_layer, first.open.first_layer + first.open.num_layers),
+            tokens=first.open.prompt_tokens,
+            backup=first.open.backup,
         )
+        outcome = self._inbox.open(attempt, part, capacity_tokens=first.open.capacity_tokens)
         answer = _ack(outcome, sequence_number=0, credit_bytes=self._config.window_bytes)
         if not isinstance(outcome, Opened):
             await context.write(answer)
@@ -123,7 +142,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
             while (message := await self._read(context)) is not None:
                 await context.write(self._install(session.incoming, message.chunk))
         finally:
-            self._inbox.close(attempt)
+            self._inbox.close(attempt, part)
 
     async def _read(self, context: _PushContext) -> kv_pb2.KvMessage | None:
         """The next message, or None when the sender has half-closed."""

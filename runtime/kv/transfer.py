@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from edgellm.engines.kv import BlockId
-from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId
+from edgellm.runtime.kv.types import Attempt, KvCopy, KvTarget, NodeId
 
 TransferFailure: TypeAlias = Literal["transfer", "capacity"]
 
@@ -41,6 +41,22 @@ class Transfers(Protocol):
     def advance(self, attempt: Attempt, computed: int) -> None: ...
 
     def cancel(self, attempt: Attempt) -> None: ...
+
+
+class Copies(Protocol):
+    """Copies of this node's KV that it keeps on other nodes. What they lack is read from the pool and its holdings."""
+
+    def start(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
+        """Keep these from now on, in place of those of the same layers."""
+        ...
+
+    def advance(self, attempt: Attempt, layers: range, computed: int) -> None:
+        """This node has the first `computed` positions of these layers."""
+        ...
+
+    def stop(self, attempt: Attempt) -> None:
+        """From now on the attempt's blocks are not read. No effect if nothing is copied."""
+        ...
 
 
 class Arrivals(Protocol):

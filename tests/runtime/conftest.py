@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgellm.builder.partition import cut_stages
 from edgellm.engines.base import Batch, Engine
 from edgellm.engines.bundle import SCHEMA_VERSION, Bundle, ModelInfo, Plan, file_sha256
 from edgellm.engines.cpu.compiler import compile_engine
@@ -40,6 +41,7 @@ from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.loading import NodeEngines
 from edgellm.runtime.rpc import cluster_pb2, cluster_pb2_grpc, inference_pb2
 from edgellm.runtime.server import NodeServer
+from edgellm.runtime.stages.engines import StageEngines
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB, MAX_SEQ_LEN = 3, 4, 2, 8, 96, 384
 HIDDEN_SIZE, INNER = HEADS * HEAD_DIM, 48
@@ -126,14 +128,29 @@ def tiny_weights(graph: Graph) -> dict[WeightName, FloatArray]:
 
 
 def tiny_engine(phase: Phase, pool: HostKvPool, *, max_rows: int = 64, max_sequences: int = 8) -> ReferenceEngine:
-    graph = tiny_graph()
+    limits = EngineLimits(max_rows=max_rows, max_sequences=max_sequences, max_seq_len=MAX_SEQ_LEN)
+    return _reference_engine(phase, tiny_graph(), 0, 0, 1, pool, limits)
+
+
+def tiny_stages(
+    pool: HostKvPool, counts: Sequence[int] = (LAYERS,), *, max_rows: int = 64, max_sequences: int = 8
+) -> StageEngines:
+    """The decode engine, cut into stages of so many layers."""
+    limits = EngineLimits(max_rows=max_rows, max_sequences=max_sequences, max_seq_len=MAX_SEQ_LEN)
+    engines = [
+        _reference_engine("decode", graph, sum(counts[:stage]), stage, len(counts), pool, limits)
+        for stage, graph in enumerate(cut_stages(tiny_graph(), counts))
+    ]
+    return StageEngines(engines, pool)
+
+
+def _reference_engine(phase, graph, first_layer, rank, world, pool, limits) -> ReferenceEngine:
     spec = EngineSpec(
-        name=f"{phase}-tiny", phase=phase, backend="reference", backend_version="0", device_class="cpu-local",
-        first_layer=0, num_layers=LAYERS, rank=0, world=1, precision="float32", hidden_size=HIDDEN_SIZE,
-        vocab_size=VOCAB, files=(),
-        limits=EngineLimits(max_rows=max_rows, max_sequences=max_sequences, max_seq_len=MAX_SEQ_LEN),
+        name=f"{phase}-tiny{rank}of{world}", phase=phase, backend="reference", backend_version="0",
+        device_class="cpu-local", first_layer=first_layer, num_layers=graph.num_layers, rank=rank, world=world,
+        precision="float32", hidden_size=HIDDEN_SIZE, vocab_size=VOCAB, files=(), limits=limits,
     )  # fmt: skip
-    return ReferenceEngine(graph, tiny_weights(graph), spec=spec, pool=pool)
+    return ReferenceEngine(graph, tiny_weights(tiny_graph()), spec=spec, pool=pool)
 
 
 def tiny_pool(blocks: int = 64) -> HostKvPool:
@@ -145,7 +162,16 @@ def one_by_one(prompt: Sequence[int], max_tokens: int) -> list[int]:
     return greedy_answer(tiny_engine("decode", tiny_pool(16), max_rows=MAX_SEQ_LEN), prompt, max_tokens)
 
 
-def greedy_answer(engine: Engine, prompt: Sequence[int], max_tokens: int) -> list[int]:
+def staged_answer(counts: Sequence[int], prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """Greedy answer of one node: the prompt by the whole engine, then the decode stages, one after the other."""
+    pool = tiny_pool(16)
+    stages = tiny_stages(pool, counts).whole
+    assert stages is not None
+    return greedy_answer(tiny_engine("prefill", pool, max_rows=MAX_SEQ_LEN), prompt, max_tokens, stages)
+
+
+def greedy_answer(engine: Engine, prompt: Sequence[int], max_tokens: int, writer: Engine | None = None) -> list[int]:
+    """`writer`: the engine after the prompt, on the same pool; None: the same one."""
     table = np.array([engine.kv.allocate(12)], np.int32)
     answer: list[int] = []
     rows, position = list(prompt), 0
@@ -155,7 +181,7 @@ def greedy_answer(engine: Engine, prompt: Sequence[int], max_tokens: int) -> lis
             first_positions=np.array([position], np.int32), block_tables=table,
             logit_rows=np.array([len(rows) - 1], np.int32),
         )  # fmt: skip
-        logits = engine.forward(batch).logits
+        logits = (engine if not answer or writer is None else writer).forward(batch).logits
         assert logits is not None
         answer.append(int(np.argmax(logits[0])))
         position, rows = position + len(rows), [answer[-1]]
@@ -266,13 +292,15 @@ def node_server(
     blocks: int = 64,
     contract: KvContract = CONTRACT,
     lease_s: float = 5,
+    stage_layers: Sequence[int] = (LAYERS,),
     **options: object,
 ) -> NodeServer:
     """On a tiny engine, not started."""
     pool = tiny_pool(blocks)
+    stages = tiny_stages(pool, stage_layers) if phase == "decode" else StageEngines((), pool)
     engines = NodeEngines(
-        bundle_sha256="tiny", contract=contract, half=tiny_engine("prefill", pool),
-        decode=tiny_engine("decode", pool) if phase == "decode" else None,
+        bundle_sha256="tiny", contract=contract, role=phase, planned=f"{phase}-tiny", half=tiny_engine("prefill", pool),
+        stages=stages,
     )  # fmt: skip
     config = NodeConfig(
         node_id=NodeId(node_id), bundle=Path("tiny"), engine=f"{phase}-tiny",

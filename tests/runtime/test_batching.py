@@ -243,7 +243,7 @@ def test_batched_answers_equal_answers_alone(data):
         blocks = np.array(ledger.reserve(attempt(number), len(prompt) + max_tokens), np.int32)
         reader.add(Prompt(attempt=attempt(number), tokens=prompt, blocks=blocks, generation=generation(max_tokens)))
     while (step := reader.plan()) is not None:
-        for progress in reader.commit(step, run_step(engine, step)):
+        for progress in reader.commit(step, run_step(engine, step).sampled):
             if progress.first_token is not None:
                 answers[progress.attempt] = [progress.first_token.token_id]
     for number, prompt in enumerate(prompts):
@@ -260,6 +260,6 @@ def test_batched_answers_equal_answers_alone(data):
             )
         )
     while (step := writer.plan()) is not None:
-        for one in writer.commit(step, run_step(engine, step)):
+        for one in writer.commit(step, run_step(engine, step).sampled):
             answers[one.attempt].append(one.token.token_id)
     assert [answers[attempt(number)] for number in range(count)] == expected

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from edgellm.engines.kv import HostKvPool
+from edgellm.runtime.kv.copying.holder import CopyHolder
+from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.inbox import KvInbox
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.links import KvLink, KvLinks, LinkConfig
@@ -37,6 +39,8 @@ class Outcome:
 
     sent: dict[Attempt, TransferStats] = field(default_factory=dict)
     failed: dict[Attempt, TransferError] = field(default_factory=dict)
+    backups_lost: list[tuple[Attempt, KvTarget, str]] = field(default_factory=list)
+    over: list[Attempt] = field(default_factory=list)
     crashed: list[BaseException] = field(default_factory=list)
 
     async def wait(self, one: Attempt) -> None:
@@ -54,19 +58,27 @@ class Sender:
         halves = np.random.default_rng(1).normal(0, 2, self.pool.data.size // 2).astype(np.float16)
         self.pool.data[...] = halves.view(np.uint8).reshape(self.pool.data.shape)
         self.outcome = Outcome()
-        links = KvLinks(LinkConfig(node_id=NodeId("s"), host_id=HOST, ring_bytes=4096, allow_shm=allow_shm), CONTRACT)
+        self.links = KvLinks(
+            LinkConfig(node_id=NodeId("s"), host_id=HOST, ring_bytes=4096, allow_shm=allow_shm), CONTRACT
+        )
         self.kv = KvSender(
             pool=self.pool,
-            links=links,
+            links=self.links,
             codec=codec,
             prefill_tokens_per_s=lambda: 0.0,
             hooks=SenderHooks(
                 on_sent=self.outcome.sent.__setitem__,
+                on_backup_lost=lambda one, target, message: self.outcome.backups_lost.append((one, target, message)),
+                on_over=self.outcome.over.append,
                 on_failed=self.outcome.failed.__setitem__,
                 on_crash=self.outcome.crashed.append,
             ),
             now_s=time.monotonic,
         )
+
+    async def close(self) -> None:
+        await self.kv.close()
+        await self.links.close()
 
     def start(self, one: Attempt, *addresses: str, timeout_s: float = 5.0, blocks=(4, 2, 7, 0, 9)) -> None:
         targets = tuple(
@@ -93,12 +105,17 @@ class Receiver:
         self.complete: list[Attempt] = []
         self.crashed: list[BaseException] = []
         self.inbox = KvInbox(
-            ledger=self.ledger, admit=lambda _: True, on_complete=self.complete.append, on_lost=self.ledger.drop
+            ledger=self.ledger,
+            admit=lambda _: True,
+            on_complete=lambda one, _: self.complete.append(one),
+            on_lost=lambda one, _: self.ledger.drop(one),
         )
+
+        self.holder = CopyHolder(holdings=Holdings(self.ledger), admit=lambda _: "admitted")
 
     def servicer(self, max_sessions: int = 8) -> KvExchangeServicer:
         return KvExchangeServicer(
-            node_id=NodeId("d"), contract=CONTRACT, inbox=self.inbox, on_crash=self.crashed.append,
+            node_id=NodeId("d"), contract=CONTRACT, inbox=self.inbox, on_crash=self.crashed.append, copies=self.holder,
             config=ExchangeConfig(chunk_bytes=1500, window_bytes=4000, max_sessions=max_sessions),
         )  # fmt: skip
 
@@ -130,7 +147,7 @@ def exchange(test, *servicers, allow_shm=False):
         async with AsyncExitStack() as stack:
             addresses = [await stack.enter_async_context(serving(servicer)) for servicer in servicers]
             sender = Sender(allow_shm=allow_shm)
-            stack.push_async_callback(sender.kv.close)
+            stack.push_async_callback(sender.close)
             await test(sender, *addresses)
 
     asyncio.run(run())
@@ -314,12 +331,12 @@ def test_one_sender_too_many_is_refused():
         sender.kv.advance(attempt("first"), 64)
         another = Sender(allow_shm=True)
         async with asyncio.timeout(5):
-            while not receiver.inbox.is_arriving(attempt("first")):  # noqa: ASYNC110
+            while attempt("first") not in receiver.ledger:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         another.start(attempt("second"), address)
         await another.outcome.wait(attempt("second"))
         assert "1 senders are sending" in str(another.outcome.failed[attempt("second")])
-        await another.kv.close()
+        await another.close()
         sender.kv.advance(attempt("first"), PROMPT)
         await sender.outcome.wait(attempt("first"))
         assert receiver.complete == [attempt("first")]

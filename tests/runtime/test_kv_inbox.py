@@ -13,13 +13,14 @@ from edgellm.engines.kv import HostKvPool, KvPoolExhaustedError
 from edgellm.runtime.kv.chunks import cut
 from edgellm.runtime.kv.codecs import encode
 from edgellm.runtime.kv.fence import EpochFence
-from edgellm.runtime.kv.inbox import Chunk, Corrupt, Installed, KvInbox, NoCapacity, Opened, Stale
+from edgellm.runtime.kv.inbox import Chunk, Corrupt, Installed, KvInbox, NoCapacity, Opened, PromptPart, Stale
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.planes import gather
 from edgellm.runtime.kv.types import Attempt, RequestId
 from tests.runtime.conftest import CONTRACT, KV_HEADS, LAYERS, tiny_pool
 
 PROMPT = 75
+WHOLE = PromptPart(layers=range(LAYERS), tokens=PROMPT, backup=False)
 
 
 def attempt(epoch: int = 0, name: str = "r") -> Attempt:
@@ -32,10 +33,13 @@ class Receiver:
     def __init__(self, blocks: int = 8) -> None:
         self.ledger = BlockLedger(tiny_pool(blocks))
         self.fence = EpochFence()
-        self.complete: list[Attempt] = []
-        self.lost: list[Attempt] = []
+        self.complete: list[tuple[Attempt, PromptPart]] = []
+        self.lost: list[tuple[Attempt, PromptPart]] = []
         self.inbox = KvInbox(
-            ledger=self.ledger, admit=self._admit, on_complete=self.complete.append, on_lost=self._lose
+            ledger=self.ledger,
+            admit=self._admit,
+            on_complete=lambda one, part: self.complete.append((one, part)),
+            on_lost=self._lose,
         )
 
     def _admit(self, one: Attempt) -> bool:
@@ -44,8 +48,8 @@ class Receiver:
             self.fence.enter(one)
         return admitted
 
-    def _lose(self, one: Attempt) -> None:
-        self.lost.append(one)
+    def _lose(self, one: Attempt, part: PromptPart) -> None:
+        self.lost.append((one, part))
         self.ledger.drop(one)
 
 
@@ -70,7 +74,7 @@ def test_any_order_with_duplicates_and_damage_installs_the_same_bytes(data, max_
     receiver, pool = Receiver(), source()
     good = chunks(pool, attempt(), max_bytes, ranks)
     sent = data.draw(st.permutations(good + data.draw(st.lists(st.sampled_from(good), max_size=5))))
-    assert receiver.inbox.open(attempt(), prompt_tokens=PROMPT, capacity_tokens=100) == Opened()
+    assert receiver.inbox.open(attempt(), WHOLE, capacity_tokens=100) == Opened()
     missing = set(range(len(good)))
     for chunk in sent:
         if data.draw(st.booleans()):
@@ -78,35 +82,35 @@ def test_any_order_with_duplicates_and_damage_installs_the_same_bytes(data, max_
             assert isinstance(receiver.inbox.install(damaged), Corrupt)
         missing.discard(good.index(chunk))
         assert receiver.inbox.install(chunk) == Installed(complete=not missing)
-    assert receiver.complete == [attempt()]
+    assert receiver.complete == [(attempt(), WHOLE)]
     blocks = receiver.ledger.blocks(attempt())
     whole = good[0].where.__class__(layers=range(LAYERS), heads=range(KV_HEADS), tokens=range(PROMPT))
     for sent_plane, plane in zip(
         gather(pool, [0, 1, 2], whole), gather(receiver.ledger.pool, blocks, whole), strict=True
     ):
         assert np.array_equal(sent_plane, plane)
-    receiver.inbox.close(attempt())
+    receiver.inbox.close(attempt(), WHOLE)
     assert receiver.lost == []
     assert receiver.inbox.counters.duplicate + receiver.inbox.counters.chunks == len(sent)
 
 
 def test_ranges_outside_of_the_request_are_corrupt():
     receiver, pool = Receiver(), source()
-    receiver.inbox.open(attempt(), prompt_tokens=PROMPT, capacity_tokens=100)
+    receiver.inbox.open(attempt(), WHOLE, capacity_tokens=100)
     [first, *_] = chunks(pool, attempt())
     for change in ({"layers": range(LAYERS + 1)}, {"tokens": range(96)}, {"tokens": range(16)}, {"heads": range(0)},
                    {"tokens": range(8, 32)}, {"heads": range(1, 9)}):  # fmt: skip
         where = replace(first.where, **change)
         assert isinstance(receiver.inbox.install(replace(first, where=where)), Corrupt)
     assert isinstance(receiver.inbox.install(replace(first, codec="int3")), Corrupt)
-    receiver.inbox.close(attempt())
-    assert receiver.lost == [attempt()]
+    receiver.inbox.close(attempt(), WHOLE)
+    assert receiver.lost == [(attempt(), WHOLE)]
 
 
 def test_old_epochs_are_dropped_and_counted():
     receiver, pool = Receiver(), source()
-    receiver.inbox.open(attempt(1), prompt_tokens=PROMPT, capacity_tokens=100)
-    assert receiver.inbox.open(attempt(0), prompt_tokens=PROMPT, capacity_tokens=100) == Stale()
+    receiver.inbox.open(attempt(1), WHOLE, capacity_tokens=100)
+    assert receiver.inbox.open(attempt(0), WHOLE, capacity_tokens=100) == Stale()
     assert {receiver.inbox.install(chunk) == Stale() for chunk in chunks(pool, attempt(0))} == {True}
     receiver.inbox.forget(attempt(1))
     receiver.ledger.drop(attempt(1))
@@ -117,7 +121,7 @@ def test_old_epochs_are_dropped_and_counted():
 
 def test_a_full_receiver_says_so_and_takes_nothing():
     receiver = Receiver(blocks=3)
-    answer = receiver.inbox.open(attempt(), prompt_tokens=PROMPT, capacity_tokens=97)
+    answer = receiver.inbox.open(attempt(), WHOLE, capacity_tokens=97)
     assert isinstance(answer, NoCapacity)
     assert "3" in answer.message
     assert receiver.ledger.pool.free_blocks == 3
@@ -126,12 +130,12 @@ def test_a_full_receiver_says_so_and_takes_nothing():
 def test_a_lost_sender_is_reported_when_the_last_one_has_gone():
     receiver, pool = Receiver(), source()
     for _ in range(2):
-        receiver.inbox.open(attempt(), prompt_tokens=PROMPT, capacity_tokens=100)
+        receiver.inbox.open(attempt(), WHOLE, capacity_tokens=100)
     receiver.inbox.install(chunks(pool, attempt())[0])
-    receiver.inbox.close(attempt())
+    receiver.inbox.close(attempt(), WHOLE)
     assert receiver.lost == []
-    receiver.inbox.close(attempt())
-    assert receiver.lost == [attempt()]
+    receiver.inbox.close(attempt(), WHOLE)
+    assert receiver.lost == [(attempt(), WHOLE)]
     assert receiver.ledger.pool.free_blocks == 8
 
 

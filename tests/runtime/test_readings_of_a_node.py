@@ -5,23 +5,24 @@ import pytest
 
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.runtime.batching.prefill import PrefillBatcher
-from edgellm.runtime.batching.steps import Segment, Step, build_step
+from edgellm.runtime.batching.steps import Segment, build_step
 from edgellm.runtime.engine_loop import Progress
 from edgellm.runtime.host import memory
 from edgellm.runtime.kv.types import Attempt, RequestId
-from edgellm.runtime.lanes import PrefillLane
+from edgellm.runtime.lanes import PlannedStep, PrefillLane
 from tests.runtime.conftest import tiny_engine, tiny_pool
 
 
-def step_of(rows: int) -> Step:
+def step_of(lane: PrefillLane, rows: int) -> PlannedStep:
     segment = Segment(
         attempt=Attempt(request_id=RequestId("r"), epoch=0),
+        rows=rows,
         tokens=np.zeros(rows, np.int32),
         first_position=0,
         blocks=np.zeros(4, np.int32),
         sample=None,
     )
-    return build_step([segment])
+    return PlannedStep(lane=lane, engine=lane.engine, step=build_step([segment]))
 
 
 def test_the_speed_of_reading_is_rows_over_seconds():
@@ -31,11 +32,11 @@ def test_the_speed_of_reading_is_rows_over_seconds():
     progress = Progress()
     assert progress.prefill_tokens_per_s == 0
     for _ in range(50):
-        progress.observe(lane, step_of(128), 0.1)
-        progress.observe(lane, step_of(5), 0.05)
+        progress.observe(step_of(lane, 128), 0.1)
+        progress.observe(step_of(lane, 5), 0.05)
     assert progress.prefill_tokens_per_s == pytest.approx(133 / 0.15, rel=0.1)
     for _ in range(100):
-        progress.observe(lane, step_of(128), 0.4)
+        progress.observe(step_of(lane, 128), 0.4)
     assert progress.prefill_tokens_per_s == pytest.approx(128 / 0.4, rel=0.01)
 
 

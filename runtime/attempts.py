@@ -1,0 +1,72 @@
+"""Which attempts are live on this node, which are stale, and which wait for somebody to decide about them."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from edgellm.runtime.kv.fence import EpochFence
+from edgellm.runtime.kv.types import Attempt, RequestId
+
+
+class Attempts:
+    """At most one attempt of a request is live."""
+
+    def __init__(self) -> None:
+        self.fence = EpochFence()
+        self._live: dict[RequestId, Attempt] = {}
+        self._decide_by_s: dict[Attempt, float] = {}
+        self._unanswered_releases: list[Attempt] = []
+
+    def __iter__(self) -> Iterator[Attempt]:
+        """The live ones, as they are now."""
+        return iter(list(self._live.values()))
+
+    def is_live(self, attempt: Attempt) -> bool:
+        return self._live.get(attempt.request_id) == attempt
+
+    def live(self, request_id: RequestId) -> Attempt | None:
+        return self._live.get(request_id)
+
+    def enter(self, attempt: Attempt) -> None:
+        """The request's live attempt, from now on; older ones are stale."""
+        self.fence.enter(attempt)
+        self._live[attempt.request_id] = attempt
+
+    def leave(self, attempt: Attempt) -> None:
+        """No effect if it is not live."""
+        if self.is_live(attempt):
+            del self._live[attempt.request_id]
+        self._decide_by_s.pop(attempt, None)
+
+    def forget_stale(self) -> None:
+        """Whoever numbers the epochs is gone: only live attempts count."""
+        self.fence = EpochFence()
+        for attempt in self:
+            self.fence.enter(attempt)
+        self._unanswered_releases.clear()
+
+    # Leases
+
+    def await_decision(self, attempt: Attempt, until_s: float) -> None:
+        """Somebody must resume or release it until then."""
+        self._decide_by_s[attempt] = until_s
+
+    def undecided(self, now_s: float) -> list[Attempt]:
+        """Those that waited for too long."""
+        return [attempt for attempt, until_s in self._decide_by_s.items() if until_s <= now_s]
+
+    # Releases
+
+    def release(self, attempt: Attempt) -> None:
+        """It and older attempts are stale; `answered` will name it when their blocks are free."""
+        self.fence.close(attempt)
+        self._unanswered_releases.append(attempt)
+
+    def answered(self, holders: Callable[[], Iterable[Attempt]]) -> list[Attempt]:
+        """Releases of which no block is held any more, by this epoch or an older one; each is named once."""
+        if not self._unanswered_releases:
+            return []
+        oldest: dict[RequestId, int] = {}
+        for holder in holders():
+            oldest[holder.request_id] = min(holder.epoch, oldest.get(holder.request_id, holder.epoch))
+        free = [one for one in self._unanswered_releases if oldest.get(one.request_id, one.epoch + 1) > one.epoch]
+        self._unanswered_releases = [one for one in self._unanswered_releases if one not in free]
+        return free

@@ -1,0 +1,1 @@
+"""Decode pipelines: which node carries which layers, and the steps between them."""

@@ -1,0 +1,101 @@
+"""The sending end of the stage exchange: one stream per node of a later stage, opened when first needed."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import grpc.aio
+
+from edgellm.runtime.kv.links import CHANNEL_OPTIONS
+from edgellm.runtime.kv.types import NodeId
+from edgellm.runtime.rpc import stage_pb2, stage_pb2_grpc
+from edgellm.runtime.stages.messages import StageResult, StageStep
+from edgellm.runtime.stages.routes import Leg
+from edgellm.runtime.stages.wire import result_from_proto, step_to_proto
+from edgellm.runtime.streams import write
+from edgellm.runtime.tasks import race
+
+_Peer: TypeAlias = tuple[NodeId, str]
+_Call: TypeAlias = grpc.aio.StreamStreamCall[stage_pb2.StageStep, stage_pb2.StageResult]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamHooks:
+    """Who is told what comes back."""
+
+    on_result: Callable[[StageResult], None]
+    on_broken: Callable[[NodeId], None]
+    """Nothing more will come back of what was sent."""
+    on_crash: Callable[[BaseException], None]
+    """Given what nobody expected."""
+    on_round_trip: Callable[[float], None]
+    """Seconds from sending a step to its result, with all that the later stages did."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Stream:
+    outgoing: asyncio.Queue[StageStep] = field(default_factory=asyncio.Queue)
+    sent_s: dict[int, float] = field(default_factory=dict)
+    """When each step was sent that has no result yet."""
+    task: asyncio.Task[None] | None = None
+
+
+class StageStreams:
+    """Owns the streams' tasks until `close`. A stream that broke is opened again by the next step."""
+
+    def __init__(self, hooks: StreamHooks) -> None:
+        self._hooks = hooks
+        self._streams: dict[_Peer, _Stream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, leg: Leg, step: StageStep) -> None:
+        """Results and breaks are told later."""
+        peer = (leg.node_id, leg.address)
+        stream = self._streams.get(peer)
+        if stream is None:
+            stream = self._streams[peer] = _Stream()
+            stream.task = asyncio.create_task(self._run(peer, stream))
+            self._tasks.add(stream.task)
+            stream.task.add_done_callback(self._task_ended)
+        stream.sent_s[step.step_id] = time.monotonic()
+        stream.outgoing.put_nowait(step)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, peer: _Peer, stream: _Stream) -> None:
+        node_id, address = peer
+        try:
+            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+                call = stage_pb2_grpc.StageExchangeStub(channel).Steps(None)
+                try:
+                    await race(self._write(call, stream), self._read(call, stream))
+                finally:
+                    call.cancel()
+        except grpc.aio.AioRpcError as error:
+            _log.warning("stage stream lost peer=%s reason=%s: %s", node_id, error.code().name, error.details())
+        del self._streams[peer]
+        self._hooks.on_broken(node_id)
+
+    async def _write(self, call: _Call, stream: _Stream) -> None:
+        while True:
+            await write(call, step_to_proto(await stream.outgoing.get()))
+
+    async def _read(self, call: _Call, stream: _Stream) -> None:
+        while isinstance(message := await call.read(), stage_pb2.StageResult):
+            sent_s = stream.sent_s.pop(message.step_id, None)
+            if sent_s is not None:
+                self._hooks.on_round_trip(time.monotonic() - sent_s)
+            self._hooks.on_result(result_from_proto(message))
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._hooks.on_crash(error)

@@ -1,0 +1,59 @@
+"""Between protobuf messages and steps between stages."""
+
+import numpy as np
+
+from edgellm.runtime.rpc import stage_pb2
+from edgellm.runtime.stages.messages import StageResult, StageSegment, StageStep
+from edgellm.runtime.wire import attempt_from_proto, attempt_to_proto, token_from_proto, token_to_proto
+
+_HALF = np.dtype("<f2")
+
+
+def step_to_proto(step: StageStep) -> stage_pb2.StageStep:
+    return stage_pb2.StageStep(
+        step_id=step.step_id,
+        stage=step.stage,
+        segments=[
+            stage_pb2.StageSegment(
+                attempt=attempt_to_proto(segment.attempt),
+                first_position=segment.first_position,
+                rows=segment.rows,
+                sample=segment.sample,
+            )
+            for segment in step.segments
+        ],
+        inline_hidden=step.hidden.astype(_HALF, copy=False).tobytes(),
+    )
+
+
+def step_from_proto(step: stage_pb2.StageStep) -> StageStep:
+    """Raises ValueError for a step whose hidden states do not fit its segments."""
+    segments = tuple(
+        StageSegment(
+            attempt=attempt_from_proto(segment.attempt),
+            first_position=segment.first_position,
+            rows=segment.rows,
+            sample=segment.sample,
+        )
+        for segment in step.segments
+    )
+    rows = sum(segment.rows for segment in segments)
+    if not rows or step.WhichOneof("hidden") != "inline_hidden" or len(step.inline_hidden) % (2 * rows):
+        raise ValueError(f"a step of {rows} rows came with {len(step.inline_hidden)} bytes of hidden states")
+    hidden = np.frombuffer(step.inline_hidden, _HALF).reshape(rows, -1)
+    return StageStep(step_id=step.step_id, stage=step.stage, segments=segments, hidden=hidden)
+
+
+def result_to_proto(result: StageResult) -> stage_pb2.StageResult:
+    samples = [
+        stage_pb2.StageSample(lost=True)
+        if token is None
+        else stage_pb2.StageSample(token=token_to_proto(token, with_logprob=True))
+        for token in result.samples
+    ]
+    return stage_pb2.StageResult(step_id=result.step_id, samples=samples, error=result.error)
+
+
+def result_from_proto(result: stage_pb2.StageResult) -> StageResult:
+    samples = tuple(None if sample.lost else token_from_proto(sample.token) for sample in result.samples)
+    return StageResult(step_id=result.step_id, samples=samples, error=result.error)
