@@ -12,27 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.runtime.kv.codecs import CodecError
 from edgellm.runtime.kv.copying.coverage import Coverage
-from edgellm.runtime.kv.copying.holder import CopyHolder, Entry
+from edgellm.runtime.kv.copying.holder import Entry
 from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.copying.queue import CopyConfig, CopyKey, CopyQueue, Rows
 from edgellm.runtime.kv.copying.rows import Span, read_spans, wire_row_bytes, write_spans
-from edgellm.runtime.kv.fence import EpochFence
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.kv.types import Attempt, HeldKv, RequestId
-from tests.runtime.conftest import CONTRACT, LAYERS, tiny_pool
-
-LAYER_RANGE = range(1, LAYERS)
-CAPACITY = 90
-
-
-def attempt(name: str = "r", epoch: int = 0) -> Attempt:
-    return Attempt(request_id=RequestId(name), epoch=epoch)
-
-
-def row(seed: int) -> np.ndarray:
-    """uint8 [1, layers, row_bytes]: the KV of a position, by what it was computed from."""
-    shape = (1, len(LAYER_RANGE), CONTRACT.row_bytes)
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+from edgellm.runtime.kv.types import Attempt, HeldKv
+from tests.runtime.conftest import CONTRACT, tiny_pool
+from tests.runtime.copies import CAPACITY, LAYER_RANGE, Holder, attempt, row
 
 
 @given(st.data())
@@ -130,40 +117,6 @@ def test_int8_rows_are_within_half_a_step_and_half_the_size():
     assert (np.abs(got - exact) <= 0.51 * step + np.abs(exact) * 2**-11 + 1e-6).all()
     with pytest.raises(CodecError, match="'int3'"):
         wire_row_bytes("int3", CONTRACT)
-
-
-class Holder:
-    """A holder with the admission rules of a node."""
-
-    def __init__(self, blocks: int = 12) -> None:
-        self.ledger = BlockLedger(tiny_pool(blocks))
-        self.holdings = Holdings(self.ledger)
-        self.fence = EpochFence()
-        self.live: dict[RequestId, Attempt] = {}
-        self.copies = CopyHolder(holdings=self.holdings, admit=self.admit)
-
-    def admit(self, one):
-        if not self.fence.admits(one):
-            return "stale"
-        if self.live.setdefault(one.request_id, one) != one:
-            return "early"
-        self.fence.enter(one)
-        return "admitted"
-
-    def hold(self, old, new, tokens):
-        if self.live.get(old.request_id) == old and self.fence.admits(new):
-            self.fence.enter(new)
-            self.live[new.request_id] = new
-            if old in self.ledger:
-                self.holdings.rename(old, new, tokens)
-
-    def drop(self, one):
-        self.fence.close(one)
-        live = self.live.get(one.request_id)
-        if live is not None and live.epoch <= one.epoch:
-            del self.live[one.request_id]
-            self.holdings.drop(live)
-            self.ledger.drop(live)
 
 
 class CopyMachine(RuleBasedStateMachine):
