@@ -35,8 +35,10 @@ class JoinHooks:
     heartbeat: Callable[[], cluster_pb2.Heartbeat]
     handle: Callable[[Command], None]
     """Called for every command but Welcome and Shutdown."""
-    reset: Callable[[], Awaitable[None]]
-    """Called before each `hello`: forget what an earlier orchestrator commanded."""
+    lost: Callable[[], None]
+    """Called when the orchestrator has gone: nothing more can be told to it."""
+    settle: Callable[[], Awaitable[None]]
+    """Called before each `hello`: wait until what it says is true."""
 
 
 class JoinClient:
@@ -66,6 +68,7 @@ class JoinClient:
                 reason = self._reason(error, may_retry_refusal=has_joined or self._joined)
             if self._joined:
                 has_joined, self._joined = True, False
+                self._hooks.lost()
                 lost_s, patience_s, backoff_s = time.monotonic(), self._config.lease_s, _FIRST_BACKOFF_S
                 _log.warning("orchestrator lost address=%s reason=%s", self._config.orchestrator, reason)
             if time.monotonic() - lost_s + backoff_s > patience_s:
@@ -78,7 +81,7 @@ class JoinClient:
 
     async def _session(self) -> bool:
         """One stream, from hello to its end; True if the orchestrator commanded a shutdown."""
-        await self._hooks.reset()
+        await self._hooks.settle()
         async with grpc.aio.insecure_channel(self._config.orchestrator) as channel:
             call = cluster_pb2_grpc.ClusterStub(channel).Join(None)
             try:

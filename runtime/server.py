@@ -78,7 +78,13 @@ class NodeServer:
         self.node.copies, self.node.links = self._replicator, self._streams
         self._join = JoinClient(
             config.join,
-            JoinHooks(hello=self._hello, heartbeat=self._heartbeat, handle=self._handle, reset=self._reset),
+            JoinHooks(
+                hello=self._hello,
+                heartbeat=self._heartbeat,
+                handle=self._handle,
+                lost=self._lost,
+                settle=self._engine_loop.between_steps,
+            ),
         )
 
     async def run(self) -> None:
@@ -208,9 +214,8 @@ class NodeServer:
             case _:
                 assert_never(command)
 
-    async def _reset(self) -> None:
-        self.node.drop_everything()
-        await self._engine_loop.between_steps()
+    def _lost(self) -> None:
+        self.node.orchestrator_lost(time.monotonic())
 
     async def _tick(self) -> None:
         while True:

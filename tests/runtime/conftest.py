@@ -217,7 +217,7 @@ def events_about(events: Sequence[cluster_pb2.NodeMessage], request_id: str) -> 
         event = getattr(message, message.WhichOneof("message") or "")
         if isinstance(event, cluster_pb2.Tokens):
             yield from (token for token in event.tokens if token.attempt.request_id == request_id)
-        elif event.attempt.request_id == request_id:
+        elif hasattr(event, "attempt") and event.attempt.request_id == request_id:
             yield event
 
 

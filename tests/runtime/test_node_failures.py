@@ -319,7 +319,7 @@ def test_an_engine_that_refuses_fails_the_requests_of_the_step():
     cluster(test)
 
 
-def test_a_node_rejoins_with_everything_forgotten():
+def test_a_node_rejoins_without_what_is_of_no_use_to_another_orchestrator():
     async def run() -> None:
         async with AsyncExitStack() as stack:
             first = await stack.enter_async_context(orchestrating())

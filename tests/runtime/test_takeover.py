@@ -1,0 +1,142 @@
+"""A node dies in the middle of an answer, its copy goes on, and not a token changes."""
+
+import asyncio
+
+import pytest
+
+from tests.runtime.conftest import LAYERS, attempt, eventually, one_by_one, random_prompt, staged_answer
+from tests.runtime.takeover import Part, Request, on_nodes
+
+ALL = range(LAYERS)
+PROMPT, MAX_TOKENS = random_prompt(70, seed=9), 120
+READER = {"reader": {"phase": "prefill"}}
+
+
+def decoders(names: str, **options) -> dict[str, dict]:
+    return READER | {name: {"phase": "decode", **options} for name in names}
+
+
+def test_a_copy_goes_on_where_the_only_stage_died():
+    expected = one_by_one(PROMPT, MAX_TOKENS)
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a", "b")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        await request.read_tokens(6)
+        watermark = request.watermark(request.parts[0])
+        await nodes.kill("a")
+        request.resume([Part(ALL, "b")], tokens=watermark)
+        await request.read_tokens(MAX_TOKENS)
+        assert request.tokens == expected
+        assert request.failures() == []
+        await request.release()
+
+    on_nodes(test, decoders("ab"))
+
+
+@pytest.mark.parametrize("dies", ["a", "b"])
+def test_the_other_stage_takes_over_and_carries_both(dies):
+    expected = staged_answer((2, 1), PROMPT, MAX_TOKENS)
+    survivor = "b" if dies == "a" else "a"
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(range(2), "a", "b"), Part(range(2, 3), "b", "a")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        watermark = request.watermark(request.parts["ab".index(dies)])
+        await request.read_tokens(6)
+        await nodes.kill(dies)
+        request.resume([Part(range(2), survivor), Part(range(2, 3), survivor)], tokens=watermark)
+        await request.read_tokens(MAX_TOKENS)
+        assert request.tokens == expected
+        assert request.failures() == []
+        await request.release()
+
+    on_nodes(test, decoders("ab", stage_layers=(2, 1)))
+
+
+def test_two_faults_after_each_other_with_a_new_copy_in_between():
+    """a and b write, c is a spare: b dies, c takes its stage, is protected anew, and dies too."""
+    expected = staged_answer((2, 1), PROMPT, MAX_TOKENS)
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(range(2), "a", "c"), Part(range(2, 3), "b", "c")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        watermark = request.watermark(request.parts[1])
+        await request.read_tokens(4)
+        await nodes.kill("b")
+        request.resume([Part(range(2), "a", "c"), Part(range(2, 3), "c")], tokens=watermark)
+        request.protect([Part(range(2), "a", "c"), Part(range(2, 3), "c", "a")])
+        await request.protected(tokens=watermark + 4)
+        second = request.watermark(request.parts[1])
+        await nodes.kill("c")
+        await request.read_tokens(len(request.tokens))
+        request.resume([Part(range(2), "a"), Part(range(2, 3), "a")], tokens=second)
+        await request.read_tokens(MAX_TOKENS)
+        assert request.tokens == expected
+        assert request.failures() == []
+        await request.release()
+
+    on_nodes(test, decoders("abc", stage_layers=(2, 1)))
+
+
+def test_a_holder_that_only_holds_follows_the_takeover():
+    """c keeps the copies of a and b; b dies and a goes on with what c cannot give: a's stage alone is resumed there."""
+    expected = one_by_one(PROMPT, MAX_TOKENS)
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a", "c")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        watermark = request.watermark(request.parts[0])
+        await request.read_tokens(4)
+        request.resume([Part(ALL, "a", "c")], tokens=watermark, holds=["c"])
+        await request.protected(tokens=watermark + 4)
+        second = request.watermark(request.parts[0])
+        await nodes.kill("a")
+        request.resume([Part(ALL, "c")], tokens=second)
+        await request.read_tokens(MAX_TOKENS)
+        assert request.tokens == expected
+        assert request.failures() == []
+        await request.release()
+
+    on_nodes(test, decoders("ac"))
+
+
+def test_a_takeover_of_more_than_is_held_is_refused():
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a", "b")])
+        await request.protected(tokens=len(PROMPT))
+        await nodes.kill("a")
+        request.resume([Part(ALL, "b")], tokens=len(PROMPT) + MAX_TOKENS)
+        await eventually(request.failures)
+        [failed] = request.failures()
+        assert failed.attempt == attempt("r", 1)
+        await request.release()
+
+    on_nodes(test, decoders("ab"))
+
+
+def test_many_answers_share_the_copies_stream():
+    prompts = [random_prompt(tokens, seed=tokens) for tokens in (3, 31, 32, 50, 64, 65)]
+    expected = [one_by_one(prompt, 60) for prompt in prompts]
+
+    async def test(nodes):
+        requests = [Request(nodes, f"r{number}", prompt, 60) for number, prompt in enumerate(prompts)]
+        await asyncio.gather(*(request.begin("reader", [Part(ALL, "a", "b")]) for request in requests))
+        for request in requests:
+            await request.protected(tokens=len(request.prompt) + 4)
+        watermarks = [request.watermark(request.parts[0]) for request in requests]
+        for request in requests:
+            await request.read_tokens(4)
+        await nodes.kill("a")
+        for request, watermark in zip(requests, watermarks, strict=True):
+            request.resume([Part(ALL, "b")], tokens=watermark)
+        for request in requests:
+            await request.read_tokens(60)
+        assert [request.tokens for request in requests] == expected
+
+    on_nodes(test, decoders("ab"))
