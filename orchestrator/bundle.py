@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from edgellm.orchestrator.core.values import Layers
+
 SCHEMA_VERSION = 1
 
 
@@ -43,10 +45,17 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     device_class: str
     role: Literal["prefill", "decode"]
     num_layers: int
+    first_layer: int = 0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     placements: tuple[Placement, ...]
+
+    @property
+    def stages(self) -> tuple[Layers, ...]:
+        """The layers of the planned decode engines, in order, each once."""
+        decode = (p for p in self.placements if p.role == "decode")
+        return tuple(sorted({Layers(p.first_layer, p.num_layers) for p in decode}))
 
 
 class BundleIndex(msgspec.Struct, frozen=True, kw_only=True):

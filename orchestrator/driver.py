@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, assert_never, get_args
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import Event, RequestEnded, RequestSubmitted, Tick
-from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued
+from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering
 from edgellm.orchestrator.core.values import ConnectionId, NodeState, RequestId, RequestSpec, Role
 from edgellm.orchestrator.metrics import Metrics
 
@@ -84,6 +84,8 @@ class Driver:
                 | commands.DropNode()
                 | commands.StartPrefill()
                 | commands.StartDecode()
+                | commands.HoldCopies()
+                | commands.ProtectAttempt()
                 | commands.ReleaseAttempt()
             ):
                 outbox = self._outboxes.get(command.connection)
@@ -103,6 +105,8 @@ class Driver:
                 )
             case commands.NoteNode():
                 self._note_node(command)
+            case commands.NoteTakeover():
+                self._note_takeover(command)
             case _:
                 assert_never(command)
 
@@ -111,12 +115,19 @@ class Driver:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def _note_takeover(self, note: commands.NoteTakeover) -> None:
+        logger.warning(
+            "node=%s restored=%d begun_again=%d %s", note.node_id, note.restored, note.begun_again, note.detail
+        )
+        self.metrics.takeovers.labels("restored").inc(note.restored)
+        self.metrics.takeovers.labels("begun again").inc(note.begun_again)
+
     def request_counts(self) -> dict[str, int]:
         """Requests under way by state: queued, prefilling, decoding."""
         counts = {"queued": 0, "prefilling": 0, "decoding": 0}
         for request in self.core.state.requests.values():
             match request.phase:
-                case Queued():
+                case Queued() | Recovering():
                     counts["queued"] += 1
                 case Prefilling():
                     counts["prefilling"] += 1

@@ -21,7 +21,15 @@ class Metrics:
             "edgellm_kv_exposed_milliseconds", "KV sending not hidden", buckets=_MILLISECONDS, registry=registry
         )
         self.recovery = Histogram(
-            "edgellm_recovery_seconds", "Loss of a device to the next token", buckets=_SECONDS, registry=registry
+            "edgellm_recovery_seconds",
+            "Last sign of a lost device to the next token, and its parts",
+            ["part"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.takeovers = Counter("edgellm_takeovers", "Requests that went on after a loss", ["way"], registry=registry)
+        self.copy_lag = Gauge(
+            "edgellm_copy_lag_tokens", "Tokens by which the copies of a node's KV lag", ["node"], registry=registry
         )
         self.requests = Counter("edgellm_requests", "Ended requests", ["outcome", "prefill_path"], registry=registry)
         self.rejected = Counter("edgellm_rejected", "Refused requests", ["kind"], registry=registry)
@@ -39,7 +47,8 @@ class Metrics:
         if stats.generated_tokens > 1:
             self.tpot.observe(stats.tpot_ms / 1e3)
         if stats.takeovers > 0:
-            self.recovery.observe(stats.recovery_ms / 1e3)
+            for part in ("total", "detect", "fence", "restore", "first_token"):
+                self.recovery.labels(part).observe(getattr(stats.recovery, f"{part}_ms") / 1e3)
         if stats.kv.transport:
             self.exposed.observe(stats.kv.exposed_ms)
             self.kv_bytes.labels(stats.kv.transport, stats.kv.codec).inc(stats.kv.bytes)

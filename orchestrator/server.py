@@ -18,6 +18,7 @@ from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.cluster_server import ClusterServicer
 from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.core import Core
+from edgellm.orchestrator.core.pipelines import form_pipelines
 from edgellm.orchestrator.core.policy import Policy
 from edgellm.orchestrator.driver import Driver
 from edgellm.orchestrator.gateway import InferenceServicer
@@ -60,6 +61,8 @@ def core_config(bundle: ServedBundle) -> CoreConfig:
         kv_contract_sha256=bundle.index.kv.sha256,
         num_layers=bundle.index.model.num_layers,
         block_tokens=bundle.index.kv.block_tokens,
+        stages=bundle.index.plan.stages,
+        hot_copies=False,
         first_epoch=int(EPOCHS_PER_S * (time.time() - EPOCH_ZERO_UNIX_S)),
     )
 
@@ -123,9 +126,8 @@ async def _report_health(driver: Driver, set_status: SetStatus) -> None:
 
 
 def can_serve(driver: Driver) -> bool:
-    """Whether a half-precision prefill engine and a decode engine are alive."""
+    """Whether a half-precision prefill engine is alive, and some pipeline carries every stage."""
     state = driver.core.state
-    layers = state.config.num_layers
-    alive = state.nodes.alive()
-    decodes = any(node.profile.role == "decode" and node.can("decode", layers) for node in alive)
-    return decodes and any(node.can("prefill", layers) for node in alive)
+    cut = state.config.cut
+    reads = any(node.can_prefill(state.config.num_layers) for node in state.nodes.alive())
+    return reads and bool(form_pipelines(state.nodes.carriers(cut), cut))

@@ -1,6 +1,6 @@
 """What nodes say, as the core's values. Nothing is decided here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from edgellm.orchestrator.core import events
 from edgellm.orchestrator.core.values import (
@@ -8,7 +8,9 @@ from edgellm.orchestrator.core.values import (
     ConnectionId,
     EngineProfile,
     FailureKind,
+    HeldKv,
     KvTransfer,
+    Layers,
     NodeId,
     NodeLoad,
     NodeProfile,
@@ -43,6 +45,7 @@ def profile_from_proto(hello: cluster_pb2.Hello) -> NodeProfile:
         exchange_address=hello.exchange_address,
         host_id=hello.host_id,
         kv_bytes_per_token=hello.kv_bytes_per_token,
+        spare=hello.spare,
     )
 
 
@@ -66,6 +69,14 @@ def events_from_proto(connection: ConnectionId, message: cluster_pb2.NodeMessage
         case "released":
             attempt = attempt_from_proto(message.released.attempt)
             yield events.AttemptReleased(connection=connection, attempt=attempt)
+        case "pipeline_broken":
+            broken = message.pipeline_broken
+            attempts = tuple(attempt_from_proto(attempt) for attempt in broken.attempts)
+            yield events.PipelineBroken(connection=connection, peer=NodeId(broken.peer_node_id), attempts=attempts)
+        case "kv_copied":
+            yield events.KvCopied(connection=connection, copies=held_from_proto(message.kv_copied.copies))
+        case "copy_lost":
+            yield _copy_lost(connection, message.copy_lost)
         case kind:
             raise WireError(
                 f"a node sent {kind or 'an unknown message'} where it makes no sense: is it another version?"
@@ -74,6 +85,17 @@ def events_from_proto(connection: ConnectionId, message: cluster_pb2.NodeMessage
 
 def attempt_from_proto(attempt: cluster_pb2.Attempt) -> AttemptId:
     return AttemptId(request_id=RequestId(attempt.request_id), epoch=attempt.epoch)
+
+
+def held_from_proto(held: Iterable[cluster_pb2.HeldKv]) -> tuple[HeldKv, ...]:
+    return tuple(
+        HeldKv(
+            attempt=attempt_from_proto(part.attempt),
+            layers=Layers(part.first_layer, part.num_layers),
+            tokens=part.tokens,
+        )
+        for part in held
+    )
 
 
 def _role(role: str) -> Role:
@@ -93,6 +115,7 @@ def _engine(engine: cluster_pb2.EngineInfo) -> EngineProfile:
         precision=engine.precision,
         max_sequences=engine.max_sequences,
         max_seq_len=engine.max_seq_len,
+        planned=engine.planned,
     )
 
 
@@ -125,6 +148,16 @@ def _attempt_failed(connection: ConnectionId, failed: cluster_pb2.RequestFailed)
         kind=_FAILURE.get(failed.kind, "engine"),
         message=failed.message,
         peer=NodeId(failed.peer_node_id) if failed.peer_node_id else None,
+    )
+
+
+def _copy_lost(connection: ConnectionId, lost: cluster_pb2.CopyLost) -> events.CopyLost:
+    return events.CopyLost(
+        connection=connection,
+        attempt=attempt_from_proto(lost.attempt),
+        holder=NodeId(lost.holder_node_id),
+        layers=Layers(lost.first_layer, lost.num_layers),
+        message=lost.message,
     )
 
 

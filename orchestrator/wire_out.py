@@ -7,10 +7,12 @@ from edgellm.orchestrator.core.values import (
     AttemptId,
     FinishReason,
     Generation,
+    KvCopy,
     KvTarget,
     PrefillPath,
     RequestStats,
     Sampling,
+    StageAddress,
 )
 from edgellm.runtime.rpc import cluster_pb2, inference_pb2
 
@@ -34,7 +36,12 @@ _PATH: dict[PrefillPath | None, inference_pb2.PrefillPath.ValueType] = {
 
 
 def command_to_proto(
-    command: commands.WelcomeNode | commands.StartPrefill | commands.StartDecode | commands.ReleaseAttempt,
+    command: commands.WelcomeNode
+    | commands.StartPrefill
+    | commands.StartDecode
+    | commands.HoldCopies
+    | commands.ProtectAttempt
+    | commands.ReleaseAttempt,
     heartbeat_interval_s: float,
 ) -> cluster_pb2.Command:
     match command:
@@ -47,6 +54,11 @@ def command_to_proto(
             return cluster_pb2.Command(prefill=_prefill_to_proto(command))
         case commands.StartDecode():
             return cluster_pb2.Command(decode=_decode_to_proto(command))
+        case commands.HoldCopies():
+            return cluster_pb2.Command(hold=_hold_to_proto(command))
+        case commands.ProtectAttempt(attempt=attempt, copies=copies):
+            protect = cluster_pb2.Protect(attempt=attempt_to_proto(attempt), copies=map(_copy_to_proto, copies))
+            return cluster_pb2.Command(protect=protect)
         case commands.ReleaseAttempt():
             return cluster_pb2.Command(release=cluster_pb2.Release(attempt=attempt_to_proto(command.attempt)))
         case _:
@@ -76,6 +88,34 @@ def _decode_to_proto(command: commands.StartDecode) -> cluster_pb2.Decode:
         generated=command.generated,
         generation=_generation_to_proto(command.generation),
         kv_timeout_ms=KV_TIMEOUT_MS,
+        stages=map(_stage_to_proto, command.stages),
+        copies=map(_copy_to_proto, command.copies),
+        resume_from=attempt_to_proto(command.resume_from) if command.resume_from is not None else None,
+        resume_tokens=command.resume_tokens,
+    )
+
+
+def _hold_to_proto(command: commands.HoldCopies) -> cluster_pb2.Hold:
+    return cluster_pb2.Hold(
+        attempt=attempt_to_proto(command.attempt),
+        resume_from=attempt_to_proto(command.resume_from),
+        resume_tokens=command.resume_tokens,
+    )
+
+
+def _stage_to_proto(stage: StageAddress) -> cluster_pb2.Stage:
+    return cluster_pb2.Stage(
+        node_id=stage.node_id,
+        address=stage.address,
+        host_id=stage.host_id,
+        first_layer=stage.layers.first,
+        num_layers=stage.layers.count,
+    )
+
+
+def _copy_to_proto(copy: KvCopy) -> cluster_pb2.Copy:
+    return cluster_pb2.Copy(
+        source_node_id=copy.source, target=_target_to_proto(copy.target), from_token=copy.from_token
     )
 
 
@@ -135,4 +175,11 @@ def finished_to_proto(reason: FinishReason, message: str, stats: RequestStats, t
             exposed_ms=stats.kv.exposed_ms,
         ),
         takeovers=stats.takeovers,
+        recovery=inference_pb2.Recovery(
+            total_ms=stats.recovery.total_ms,
+            detect_ms=stats.recovery.detect_ms,
+            fence_ms=stats.recovery.fence_ms,
+            restore_ms=stats.recovery.restore_ms,
+            first_token_ms=stats.recovery.first_token_ms,
+        ),
     )

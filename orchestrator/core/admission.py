@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.nodes import NodeRegistry
+from edgellm.orchestrator.core.pipelines import Stage, form_pipelines
 from edgellm.orchestrator.core.requests import Request
 from edgellm.orchestrator.core.values import RequestSpec
 
@@ -17,13 +18,23 @@ def impossibility(config: CoreConfig, nodes: NodeRegistry, spec: RequestSpec) ->
     """
     prompt_tokens, max_tokens = len(spec.prompt), spec.generation.max_tokens
     needed = config.blocks_for(prompt_tokens + max_tokens)
-    largest = max((n.profile.kv_blocks for n in nodes if n.can("decode", config.num_layers)), default=needed)
+    largest = _largest(config, nodes, needed)
     if needed <= largest:
         return None
     return (
         f"{prompt_tokens} prompt tokens + {max_tokens} to generate need {needed} KV blocks of {config.block_tokens} "
         f"tokens, the largest decode node has {largest} ({largest * config.block_tokens} tokens): ask for fewer tokens"
     )
+
+
+def _largest(config: CoreConfig, nodes: NodeRegistry, default: int) -> int:
+    """Blocks of the largest request: every stage must find a decode node that holds it."""
+    decoders = [(node.profile.kv_blocks, node.carrier(config.cut)) for node in nodes]
+    sizes = [
+        max((blocks for blocks, c in decoders if c.role == "decode" and layers in c.carries), default=default)
+        for layers in config.cut
+    ]
+    return min(sizes)
 
 
 def lateness(nodes: NodeRegistry, waiting: Sequence[Request], spec: RequestSpec, now_s: float) -> str | None:
@@ -60,12 +71,17 @@ def retry_after_ms(nodes: NodeRegistry, waiting: Sequence[Request]) -> int:
 def why_waiting(config: CoreConfig, nodes: NodeRegistry, request: Request) -> str:
     """For a request that found no place in time: what is missing."""
     waited = f"found no place for {config.placement_timeout_s:.0f} s: "
-    ready = nodes.ready()
-    decoders = [node for node in ready if node.profile.role == "decode" and node.can("decode", config.num_layers)]
-    if not decoders:
+    pipelines = form_pipelines(nodes.carriers(config.cut), config.cut)
+    if not pipelines:
         return waited + "no decode node is ready"
-    if not any(node.can("prefill", config.num_layers) for node in ready) and not request.spec.allow_degraded_prefill:
+    half_precision = any(node.can_prefill(config.num_layers) for node in nodes.ready())
+    if not half_precision and not request.spec.allow_degraded_prefill:
         return waited + "no half-precision prefill engine is ready, and the request does not allow degraded prefill"
     needed = config.blocks_for(request.capacity_tokens)
-    free = max(node.free_blocks for node in decoders)
+    free = max(min(_free_blocks(nodes, stage) for stage in pipeline) for pipeline in pipelines)
     return waited + f"it needs {needed} KV blocks on one decode node, at most {free} are free"
+
+
+def _free_blocks(nodes: NodeRegistry, stage: Stage) -> int:
+    node = nodes.get(stage.connection)
+    return node.free_blocks if node is not None and node.state != "suspect" else 0

@@ -130,7 +130,7 @@ class NoteRequest:
 
     request_id: RequestId
     epoch: int
-    state: Literal["queued", "prefilling", "decoding", "finished"]
+    state: Literal["queued", "recovering", "prefilling", "decoding", "finished"]
     detail: str
 
 
@@ -144,6 +144,20 @@ class NoteNode:
     detail: str
 
 
-NodeCommand: TypeAlias = WelcomeNode | RefuseNode | DropNode | StartPrefill | StartDecode | ReleaseAttempt
+@dataclass(frozen=True, kw_only=True)
+class NoteTakeover:
+    """For logs and metrics: a node was lost, and requests under it go on."""
+
+    node_id: NodeId
+    restored: int
+    """Requests that go on from copies."""
+    begun_again: int
+    """Requests whose prompts have to be read again."""
+    detail: str
+
+
+NodeCommand: TypeAlias = (
+    WelcomeNode | RefuseNode | DropNode | StartPrefill | StartDecode | HoldCopies | ProtectAttempt | ReleaseAttempt
+)
 RequestCommand: TypeAlias = AcceptRequest | RejectRequest | EmitToken | FinishRequest
-Command: TypeAlias = NodeCommand | RequestCommand | NoteRequest | NoteNode
+Command: TypeAlias = NodeCommand | RequestCommand | NoteRequest | NoteNode | NoteTakeover

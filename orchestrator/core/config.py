@@ -33,6 +33,22 @@ class CoreConfig:
     """An attempt from which nothing is heard for so long is made again elsewhere."""
     placement_timeout_s: float = 120.0
     """A request that finds no place for so long fails."""
+    broken_link_grace_s: float = 0.15
+    """A node that a peer cannot reach is most likely dead. If it is still there after so long, the link is what broke,
+    and requests are moved away from it."""
+    unreachable_drain_s: float = 5.0
+    """For so long such a node gets nothing new, where others can do without it."""
+    hot_copies: bool = True
+    """Whether every stage's KV is copied to another node while it grows. Without copies the loss of a decode node costs
+    reading the prompt again."""
+    max_new_copies: int = 4
+    """Copies that are made from the first token at a time, in the whole cluster."""
+    protect_pause_s: float = 1.0
+    """Between two tries to find a holder for a missing copy."""
+    copy_timeout_s: float = 20.0
+    """A copy that has not reached the end of the prompt after so long is given up."""
+    recovery_wait_s: float = 1.5
+    """After a restart, how long requests wait for nodes to say what they hold, before their prompts are read again."""
     max_attempts: int = 5
     retry_delay_s: float = 0.02
     """Pause before a request goes on after a node refused it; doubled with every attempt."""
@@ -48,6 +64,16 @@ class CoreConfig:
         for name in ("num_layers", "block_tokens", "max_attempts", "max_waiting"):
             if getattr(self, name) < 1:
                 raise CoreConfigError(f"{name} must be at least 1; it is {getattr(self, name)}")
+        ends = [0, *(stage.end for stage in self.cut)]
+        if [stage.first for stage in self.cut] != ends[:-1] or ends[-1] != self.num_layers:
+            raise CoreConfigError(
+                f"the stages {[str(stage) for stage in self.cut]} do not cut {self.num_layers} layers"
+            )
+
+    @property
+    def cut(self) -> tuple[Layers, ...]:
+        """The stages of every pipeline."""
+        return self.stages or (Layers(0, self.num_layers),)
 
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold `tokens` tokens."""

@@ -2,19 +2,24 @@
 
 from typing import assert_never
 
-from edgellm.orchestrator.core import on_attempt, on_node, on_request
+from edgellm.orchestrator.core import on_attempt, on_node, on_request, protection, recovering
 from edgellm.orchestrator.core.commands import Command
 from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
     AttemptReleased,
+    CopyLost,
     Event,
     HeartbeatReceived,
+    KvCopied,
     KvSent,
+    NodeEvent,
     NodeJoined,
     NodeLost,
+    PipelineBroken,
     PrefillDone,
     RequestEnded,
+    RequestsRecovered,
     RequestSubmitted,
     Tick,
     TokenGenerated,
@@ -38,6 +43,8 @@ class Core:
     def handle(self, now_s: float, event: Event) -> list[Command]:
         """Take one event at time `now_s`, which must not go backwards; returns what to do, in order."""
         self.state.now_s = now_s
+        if isinstance(event, NodeEvent):
+            self.state.nodes.note_sign(now_s, event.connection)
         _apply(self.state, event)
         if self.state.may_place or isinstance(event, Tick):
             place_waiting(self.state, self._policy)
@@ -68,6 +75,14 @@ def _apply(state: ClusterState, event: Event) -> None:
             on_attempt.attempt_failed(state, event)
         case AttemptReleased():
             on_attempt.attempt_released(state, event)
+        case PipelineBroken():
+            on_node.pipeline_broken(state, event)
+        case KvCopied():
+            protection.kv_copied(state, event)
+        case CopyLost():
+            protection.copy_lost(state, event)
+        case RequestsRecovered():
+            recovering.requests_recovered(state, event)
         case RequestSubmitted():
             on_request.request_submitted(state, event)
         case RequestEnded():

@@ -138,5 +138,15 @@ class Tick:
     """Time went on. Sent at a steady rate, so that no timer depends on other events."""
 
 
-NodeEvent: TypeAlias = HeartbeatReceived | PrefillDone | KvSent | TokenGenerated | AttemptFailed | AttemptReleased
-Event: TypeAlias = NodeJoined | NodeLost | NodeEvent | RequestSubmitted | RequestEnded | Tick
+NodeEvent: TypeAlias = (
+    HeartbeatReceived
+    | PrefillDone
+    | KvSent
+    | TokenGenerated
+    | AttemptFailed
+    | AttemptReleased
+    | PipelineBroken
+    | KvCopied
+    | CopyLost
+)
+Event: TypeAlias = NodeJoined | NodeLost | NodeEvent | RequestSubmitted | RequestEnded | RequestsRecovered | Tick

@@ -1,9 +1,12 @@
 """Recounts from scratch what the event functions keep up to date."""
 
+from collections.abc import Collection
+
 from edgellm.orchestrator.core.nodes import Node
-from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Request
+from edgellm.orchestrator.core.pipelines import connections_of
+from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering, Request
 from edgellm.orchestrator.core.state import ClusterState
-from edgellm.orchestrator.core.values import AttemptId
+from edgellm.orchestrator.core.values import AttemptId, ConnectionId
 
 
 class IntegrityError(AssertionError):
@@ -22,13 +25,26 @@ def _check_request(state: ClusterState, request: Request) -> None:
     _require(len(request.tokens) < request.spec.generation.max_tokens, f"{request.id} has all its tokens and goes on")
     _require(request.attempts <= state.config.max_attempts, f"{request.id} was tried {request.attempts} times")
     match request.phase:
-        case Queued():
-            pass
-        case Prefilling(attempt=attempt, prefill=prefill, decode=decode):
-            for connection in (prefill, decode):
-                _require_lease(state.nodes.get(connection), attempt)
-        case Decoding(attempt=attempt, decode=decode):
-            _require_lease(state.nodes.get(decode), attempt)
+        case Queued() | Recovering():
+            _require(not request.copies, f"{request.id} has copies and no node works on it")
+        case Prefilling(attempt=attempt, prefill=prefill, pipeline=pipeline):
+            _check_working(state, request, attempt, {prefill, *connections_of(pipeline)})
+        case Decoding(attempt=attempt, pipeline=pipeline):
+            _require([stage.layers for stage in pipeline] == [*state.config.cut], f"{attempt} has lost a stage")
+            _check_working(state, request, attempt, {*connections_of(pipeline)})
+
+
+def _check_working(
+    state: ClusterState, request: Request, attempt: AttemptId, connections: Collection[ConnectionId]
+) -> None:
+    for connection in (*connections, *(copy.holder for copy in request.copies)):
+        _require_lease(state.nodes.get(connection), attempt)
+    pipeline = request.phase.pipeline if isinstance(request.phase, Prefilling | Decoding) else ()
+    sources = {(stage.layers, stage.connection) for stage in pipeline}
+    for copy in request.copies:
+        _require((copy.layers, copy.source) in sources, f"{attempt} has a copy of what its source does not carry")
+        _require(copy.source != copy.holder, f"{attempt} has a copy where the stage is")
+        _require(copy.tokens <= request.capacity_tokens, f"{attempt} has a copy of more than there can be")
 
 
 def _require_lease(node: Node | None, attempt: AttemptId) -> None:
@@ -43,8 +59,16 @@ def _check_node(state: ClusterState, node: Node) -> None:
     used = sum(lease.blocks for lease in node.leases.values())
     _require(0 <= used <= node.profile.kv_blocks, f"{used} of {node.profile.kv_blocks} blocks of {name} are leased")
     for attempt, lease in node.leases.items():
-        current = state.request_of(attempt) is not None
-        _require(current or lease.released_s is not None, f"{attempt} ended, and {name} was never told to release it")
+        _require(
+            _is_current(state, attempt) or lease.released_s is not None,
+            f"{attempt} ended, and {name} was never told to release it",
+        )
+
+
+def _is_current(state: ClusterState, attempt: AttemptId) -> bool:
+    request = state.requests.get(attempt.request_id)
+    recovering = request is not None and isinstance(request.phase, Recovering)
+    return recovering or state.request_of(attempt) is not None
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from edgellm.orchestrator.core.commands import ReleaseAttempt, StartDecode
 from edgellm.orchestrator.core.events import AttemptFailed, AttemptReleased, KvSent, PrefillDone, TokenGenerated
+from edgellm.orchestrator.core.failures import start_decode
+from edgellm.orchestrator.core.pipelines import connections_of
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Request
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.values import AttemptId, ConnectionId
@@ -21,35 +22,32 @@ def prefill_done(state: ClusterState, event: PrefillDone) -> None:
         return
     _enter_decoding(state, request, request.phase)
     if event.first_token is None or not state.accept_token(request, event.first_token):
-        _start_decode(state, request, event.attempt)
+        _start_decode(state, request)
 
 
 def _enter_decoding(state: ClusterState, request: Request, phase: Prefilling) -> None:
-    local = phase.prefill == phase.decode
+    nodes = connections_of(phase.pipeline)
+    all_here = nodes == (phase.prefill,)
     request.phase = Decoding(
         attempt=phase.attempt,
-        decode=phase.decode,
-        kv_source=None if local else phase.prefill,
-        kv_complete=local,
+        pipeline=phase.pipeline,
+        kv_source=None if all_here else phase.prefill,
+        kv_complete=all_here,
     )
-    state.note_request(request, "decoding", state.nodes.names(phase.decode))
+    request.kv_tokens = len(request.spec.prompt)
+    request.clock.restored(state.now_s)
+    state.note_request(request, "decoding", state.nodes.names(*nodes))
 
 
-def _start_decode(state: ClusterState, request: Request, attempt: AttemptId) -> None:
+def _start_decode(state: ClusterState, request: Request) -> None:
     assert isinstance(request.phase, Decoding)
-    state.out.append(
-        StartDecode(
-            connection=request.phase.decode,
-            attempt=attempt,
-            prompt=request.spec.prompt,
-            generated=tuple(request.tokens),
-            generation=request.spec.generation,
-        )
-    )
+    for connection in connections_of(request.phase.pipeline):
+        state.out.append(start_decode(state, request, connection))
 
 
 def kv_sent(state: ClusterState, event: KvSent) -> None:
-    _let_go(state, event.connection, event.attempt)
+    if state.nodes.only_reads(event.connection, event.attempt):
+        _let_go(state, event.connection, event.attempt)
     request = state.request_of(event.attempt)
     if request is None or not isinstance(request.phase, Decoding) or request.phase.kv_source != event.connection:
         return
@@ -64,7 +62,7 @@ def _note_kv_complete(state: ClusterState, request: Request, phase: Decoding) ->
 
 def token_generated(state: ClusterState, event: TokenGenerated) -> None:
     request = state.request_of(event.attempt)
-    if request is not None and isinstance(request.phase, Decoding) and request.phase.decode == event.connection:
+    if request is not None and isinstance(request.phase, Decoding) and request.phase.samples_on(event.connection):
         _take_token(state, request, request.phase, event)
     if event.token.finish is not None:
         _let_go(state, event.connection, event.attempt)
@@ -85,18 +83,20 @@ def _take_token(state: ClusterState, request: Request, phase: Decoding, event: T
 def attempt_failed(state: ClusterState, event: AttemptFailed) -> None:
     request = state.request_of(event.attempt)
     if request is None or not request.uses(event.connection):
-        _release_one(state, event.connection, event.attempt)
+        _forgo(state, request, event)
     elif event.kind == "request":
         state.finish(request, "error", event.message)
     else:
         delay_s = state.config.retry_delay_s * 2**request.attempts
-        state.try_elsewhere(request, _culprit(state, event), event.message, delay_s)
+        state.try_elsewhere(request, _culprit(state, event), event.message, delay_s=delay_s)
 
 
-def _release_one(state: ClusterState, connection: ConnectionId, attempt: AttemptId) -> None:
-    """A node failed at something that is no longer needed of it: it only has to let go."""
-    if state.nodes.mark_one_released(state.now_s, connection, attempt):
-        state.out.append(ReleaseAttempt(connection=connection, attempt=attempt))
+def _forgo(state: ClusterState, request: Request | None, event: AttemptFailed) -> None:
+    """A node failed at something that is not needed of it, at most a copy: it only has to let go."""
+    if request is not None and request.keeps_on(event.connection):
+        request.drop_copies_on(event.connection)
+        request.no_copies_on.add(event.connection)
+    state.release_on(event.connection, event.attempt)
 
 
 def _culprit(state: ClusterState, event: AttemptFailed) -> ConnectionId:
@@ -112,5 +112,8 @@ def _let_go(state: ClusterState, connection: ConnectionId, attempt: AttemptId) -
     """The node holds nothing of the attempt any more; if it should, the attempt has failed."""
     state.let_go(connection, attempt)
     request = state.request_of(attempt)
-    if request is not None and request.needs(connection):
+    if request is None:
+        return
+    request.drop_copies_on(connection)
+    if request.needs(connection):
         state.try_elsewhere(request, connection, f"{state.nodes.names(connection)} let go of it too early")

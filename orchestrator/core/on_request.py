@@ -3,8 +3,12 @@
 from edgellm.orchestrator.core.admission import impossibility, lateness, retry_after_ms, why_waiting
 from edgellm.orchestrator.core.commands import AcceptRequest, RejectRequest
 from edgellm.orchestrator.core.events import RequestEnded, RequestSubmitted
-from edgellm.orchestrator.core.on_node import refresh_suspicion
-from edgellm.orchestrator.core.requests import Queued, Request
+from edgellm.orchestrator.core.failures import give_up_node
+from edgellm.orchestrator.core.moves import move_from_draining, move_stalled
+from edgellm.orchestrator.core.on_node import refresh_states
+from edgellm.orchestrator.core.protection import protect_requests
+from edgellm.orchestrator.core.recovering import recover_requests
+from edgellm.orchestrator.core.requests import Queued, Recovering, Request
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.values import RequestSpec
 
@@ -49,8 +53,12 @@ def request_ended(state: ClusterState, event: RequestEnded) -> None:
 def tick(state: ClusterState) -> None:
     _forgive_own_silence(state)
     for node, reason in state.nodes.overdue(state.now_s):
-        state.give_up_node(node, reason)
-    refresh_suspicion(state)
+        give_up_node(state, node, reason)
+    refresh_states(state)
+    recover_requests(state)
+    move_stalled(state)
+    move_from_draining(state)
+    protect_requests(state)
     for request in list(state.requests.values()):
         _check_bounds(state, request)
 
@@ -71,5 +79,7 @@ def _check_bounds(state: ClusterState, request: Request) -> None:
     elif isinstance(request.phase, Queued):
         if now_s - request.phase.since_s > config.placement_timeout_s:
             state.finish(request, "error", why_waiting(config, state.nodes, request))
+    elif isinstance(request.phase, Recovering):
+        pass  # bounded by its own wait
     elif now_s - request.progress_s > config.attempt_timeout_s:
         state.try_elsewhere(request, None, f"no progress for {config.attempt_timeout_s:.0f} s")

@@ -1,11 +1,17 @@
 """Asks the policy where waiting requests go, and starts them there."""
 
+from collections.abc import Sequence
+
+from edgellm.orchestrator.core.addresses import target_of
 from edgellm.orchestrator.core.commands import StartPrefill
 from edgellm.orchestrator.core.nodes import Node
-from edgellm.orchestrator.core.policy import Placement, Policy, WaitingRequest
+from edgellm.orchestrator.core.pipelines import Pipeline, connections_of, form_pipelines, solo_pipelines
+from edgellm.orchestrator.core.policy import NodeView, Placement, Policy, WaitingRequest
+from edgellm.orchestrator.core.protection import choose_copies
 from edgellm.orchestrator.core.requests import Prefilling, Queued, Request
 from edgellm.orchestrator.core.state import ClusterState
-from edgellm.orchestrator.core.values import AttemptId, KvTarget, Layers
+from edgellm.orchestrator.core.takeover import Copy
+from edgellm.orchestrator.core.values import ConnectionId, KvTarget
 
 
 def place_waiting(state: ClusterState, policy: Policy) -> None:
@@ -13,8 +19,11 @@ def place_waiting(state: ClusterState, policy: Policy) -> None:
     if not waiting:
         return
     views = [node.view(state.config.num_layers) for node in state.nodes.alive()]
-    for placement in policy.plan(state.now_s, waiting, views):
-        _start(state, state.requests[placement.request_id], placement)
+    placements = policy.plan(state.now_s, waiting, views, _pipelines(state, views))
+    for placement in placements:
+        _lease(state, state.requests[placement.request_id], placement)
+    for placement in placements:
+        _start(state, state.requests[placement.request_id])
 
 
 def _placeable(state: ClusterState) -> list[WaitingRequest]:
@@ -25,46 +34,60 @@ def _placeable(state: ClusterState) -> list[WaitingRequest]:
     ]
 
 
-def _start(state: ClusterState, request: Request, placement: Placement) -> None:
+def _pipelines(state: ClusterState, views: Sequence[NodeView]) -> tuple[Pipeline, ...]:
+    """Without any half-precision engine only those count that can read a prompt with the decode engine."""
+    carriers = state.nodes.carriers(state.config.cut)
+    if any(view.can_prefill for view in views):
+        return form_pipelines(carriers, state.config.cut)
+    return solo_pipelines(carriers, state.config.cut)
+
+
+def _lease(state: ClusterState, request: Request, placement: Placement) -> None:
+    """Take what the placement needs, so that copies, which come after, take nothing away from another one."""
     attempt = state.next_attempt(request.id)
-    prefill, decode = _lease_nodes(state, request, placement, attempt)
+    prompt_tokens = len(request.spec.prompt)
+    total_blocks = state.config.blocks_for(request.capacity_tokens)
+    on_pipeline = connections_of(placement.pipeline)
+    for connection in on_pipeline:
+        reading = prompt_tokens if connection == placement.prefill else 0
+        _node(state, placement, connection).lease(attempt, "stage", total_blocks, reading)
+    if placement.prefill not in on_pipeline:
+        blocks = state.config.blocks_for(prompt_tokens)
+        _node(state, placement, placement.prefill).lease(attempt, "source", blocks, prompt_tokens)
     request.begin_attempt(
         state.now_s,
-        Prefilling(attempt=attempt, prefill=prefill.connection, decode=decode.connection, path=placement.path),
+        Prefilling(attempt=attempt, prefill=placement.prefill, pipeline=placement.pipeline, path=placement.path),
     )
-    names = state.nodes.names(prefill.connection, decode.connection)
-    state.note_request(request, "prefilling", f"{placement.path}, {names}")
+
+
+def _node(state: ClusterState, placement: Placement, connection: ConnectionId) -> Node:
+    node = state.nodes.get(connection)
+    if node is None:
+        raise ValueError(f"the policy placed {placement.request_id} on a node that is not there: {placement}")
+    return node
+
+
+def _start(state: ClusterState, request: Request) -> None:
+    phase = request.phase
+    assert isinstance(phase, Prefilling)
+    request.copies = tuple(choose_copies(state, request, phase.attempt, phase.pipeline))
+    names = state.nodes.names(phase.prefill, *connections_of(phase.pipeline))
+    state.note_request(request, "prefilling", f"{phase.path}, {names}")
     state.out.append(
         StartPrefill(
-            connection=prefill.connection,
-            attempt=attempt,
+            connection=phase.prefill,
+            attempt=phase.attempt,
             prompt=request.spec.prompt,
             generated=tuple(request.tokens),
             generation=request.spec.generation,
-            targets=() if prefill is decode else (_target(state, decode),),
-            degraded=placement.path == "degraded",
+            targets=_targets(state, phase, request.copies),
+            degraded=phase.path == "degraded",
         )
     )
 
 
-def _lease_nodes(state: ClusterState, request: Request, placement: Placement, attempt: AttemptId) -> tuple[Node, Node]:
-    prefill, decode = state.nodes.get(placement.prefill), state.nodes.get(placement.decode)
-    if prefill is None or decode is None:
-        raise ValueError(f"the policy placed {request.id} on a node that is not there: {placement}")
-    prompt_tokens = len(request.spec.prompt)
-    total_blocks = state.config.blocks_for(request.capacity_tokens)
-    if prefill is decode:
-        decode.lease(attempt, total_blocks, prompt_tokens)
-    else:
-        prefill.lease(attempt, state.config.blocks_for(prompt_tokens), prompt_tokens)
-        decode.lease(attempt, total_blocks, 0)
-    return prefill, decode
-
-
-def _target(state: ClusterState, node: Node) -> KvTarget:
-    return KvTarget(
-        node_id=node.profile.node_id,
-        address=node.profile.exchange_address,
-        host_id=node.profile.host_id,
-        layers=Layers(0, state.config.num_layers),
-    )
+def _targets(state: ClusterState, phase: Prefilling, copies: Sequence[Copy]) -> tuple[KvTarget, ...]:
+    stages = [target_of(state.nodes, stage.connection, stage.layers) for stage in phase.pipeline]
+    backups = [target_of(state.nodes, copy.holder, copy.layers, backup=True) for copy in copies]
+    alone = connections_of(phase.pipeline) == (phase.prefill,)
+    return () if alone and not backups else (*stages, *backups)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.values import ConnectionId, NodeId, PrefillPath, RequestId, Role
 
 
@@ -44,7 +45,6 @@ class NodeView:
     """Requests that hold blocks on it."""
     can_prefill: bool
     """Has the half-precision engine."""
-    can_decode: bool
     kv_bytes_per_token: int
     prefill_tokens_per_s: float
     """Measured, or 0."""
@@ -54,11 +54,11 @@ class NodeView:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a request goes. `prefill` is `decode` but for the remote path."""
+    """Where a request goes. `prefill` carries the first stage but for the remote path."""
 
     request_id: RequestId
     prefill: ConnectionId
-    decode: ConnectionId
+    pipeline: Pipeline
     path: PrefillPath
 
 
@@ -67,7 +67,14 @@ class Policy(Protocol):
 
     name: str
 
-    def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
-        """Placements that fit together: summed over them, no node gets more blocks or sequences than it has free, and
-        suspects get nothing."""
+    def plan(
+        self,
+        now_s: float,
+        waiting: Sequence[WaitingRequest],
+        nodes: Sequence[NodeView],
+        pipelines: Sequence[Pipeline],
+    ) -> list[Placement]:
+        """Placements on some of these pipelines that fit together: summed over them, no node gets more blocks or
+        sequences than it has free, and suspects get nothing. A request holds blocks once on each of its nodes, for
+        prompt and answer on those of the pipeline."""
         ...

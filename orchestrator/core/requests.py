@@ -4,11 +4,15 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from edgellm.orchestrator.core.config import CoreConfig
+from edgellm.orchestrator.core.pipelines import Pipeline, connections_of
 from edgellm.orchestrator.core.policy import WaitingRequest
+from edgellm.orchestrator.core.recovery import RecoveryClock
+from edgellm.orchestrator.core.takeover import Copy, Progress, Takeover
 from edgellm.orchestrator.core.values import (
     AttemptId,
     ConnectionId,
     KvTransfer,
+    NodeId,
     PrefillPath,
     RequestId,
     RequestSpec,
@@ -26,29 +30,50 @@ class Queued:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recovering:
+    """Was under way when an earlier orchestrator ended; waits for its nodes to say what they hold, until `until_s`."""
+
+    nodes: frozenset[NodeId]
+    """Those that carried its stages, if this is known."""
+    until_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prefilling:
-    """`prefill` reads the prompt and sends KV to `decode` (the same node, but for the remote path)."""
+    """`prefill` reads the prompt and sends KV to the nodes of `pipeline`, of which it may be one."""
 
     attempt: AttemptId
     prefill: ConnectionId
-    decode: ConnectionId
+    pipeline: Pipeline
     path: PrefillPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """`decode` generates."""
+    """`pipeline` generates."""
 
     attempt: AttemptId
-    decode: ConnectionId
-    kv_source: ConnectionId | None
-    """The prefill node; None where the KV was computed on `decode`."""
-    kv_complete: bool
-    """`decode` is known to have all KV of the prompt, so the loss of `kv_source` does no harm."""
+    pipeline: Pipeline
+    kv_source: ConnectionId | None = None
+    """The prefill node; None where all KV is on the pipeline already."""
+    kv_complete: bool = True
+    """The pipeline is known to have all KV of the prompt, so the loss of `kv_source` does no harm."""
+
+    def samples_on(self, connection: ConnectionId) -> bool:
+        """Tokens come from the last stage."""
+        return self.pipeline[-1].connection == connection
 
 
-Phase: TypeAlias = Queued | Prefilling | Decoding
+Phase: TypeAlias = Queued | Recovering | Prefilling | Decoding
 Working: TypeAlias = Prefilling | Decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stall:
+    """A node of the pipeline cannot reach the next."""
+
+    peer: NodeId
+    since_s: float
 
 
 @dataclass(kw_only=True)
@@ -69,9 +94,17 @@ class Request:
     first_dispatch_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
-    interrupted_s: float | None = None
-    """When a device failed under it, until the next token."""
-    recovery_s: float = 0.0
+    clock: RecoveryClock = field(default_factory=RecoveryClock)
+    copies: tuple[Copy, ...] = ()
+    kv_tokens: int = 0
+    """Positions that every stage of the pipeline is known to have."""
+    stalled: Stall | None = None
+    unproven: bool = False
+    """No token has come since the last takeover."""
+    no_copies_on: set[ConnectionId] = field(default_factory=set)
+    """Nodes that let go of a copy of the attempt under way, and are fenced off from it."""
+    protect_from_s: float = 0.0
+    """Not before this time is a missing copy made again."""
 
     @property
     def id(self) -> RequestId:
@@ -80,7 +113,7 @@ class Request:
     @property
     def epoch(self) -> int:
         """Of the attempt under way; 0 while queued."""
-        return 0 if isinstance(self.phase, Queued) else self.phase.attempt.epoch
+        return self.phase.attempt.epoch if isinstance(self.phase, Prefilling | Decoding) else 0
 
     @property
     def capacity_tokens(self) -> int:
@@ -89,29 +122,40 @@ class Request:
 
     def working(self, attempt: AttemptId) -> Working | None:
         """The phase, if this is the attempt under way."""
-        if isinstance(self.phase, Queued) or self.phase.attempt != attempt:
-            return None
-        return self.phase
+        if isinstance(self.phase, Prefilling | Decoding) and self.phase.attempt == attempt:
+            return self.phase
+        return None
 
     def uses(self, connection: ConnectionId) -> bool:
         """Whether the loss of this node interrupts the request."""
         match self.phase:
-            case Queued():
-                return False
-            case Prefilling(prefill=prefill, decode=decode):
-                return connection in (prefill, decode)
-            case Decoding(decode=decode, kv_source=source, kv_complete=complete):
-                return connection == decode or (connection == source and not complete)
+            case Decoding(kv_source=source, kv_complete=complete) if not complete and connection == source:
+                return True
+            case _:
+                return self.needs(connection)
 
     def needs(self, connection: ConnectionId) -> bool:
         """Whether the attempt under way cannot go on without the blocks it has on this node."""
         match self.phase:
-            case Queued():
+            case Prefilling(prefill=prefill, pipeline=pipeline):
+                return connection == prefill or connection in connections_of(pipeline)
+            case Decoding(pipeline=pipeline):
+                return connection in connections_of(pipeline)
+            case Queued() | Recovering():
                 return False
-            case Prefilling(prefill=prefill, decode=decode):
-                return connection in (prefill, decode)
-            case Decoding(decode=decode):
-                return connection == decode
+
+    def keeps_on(self, connection: ConnectionId) -> bool:
+        """Whether the node carries a stage of the attempt under way, or keeps a copy for it."""
+        working = isinstance(self.phase, Prefilling | Decoding) and connection in connections_of(self.phase.pipeline)
+        return working or any(copy.holder == connection for copy in self.copies)
+
+    def forget_kv(self) -> None:
+        """No node is known to hold anything of it that counts."""
+        self.copies, self.kv_tokens, self.stalled = (), 0, None
+        self.no_copies_on.clear()
+
+    def drop_copies_on(self, connection: ConnectionId) -> None:
+        self.copies = tuple(copy for copy in self.copies if copy.holder != connection)
 
     def begin_attempt(self, now_s: float, phase: Prefilling) -> None:
         self.attempts += 1
@@ -119,18 +163,32 @@ class Request:
         self.path = phase.path
         self.progress_s = now_s
         self.first_dispatch_s = self.first_dispatch_s if self.first_dispatch_s is not None else now_s
+        self.clock.commanded(now_s)
+
+    def take_over(self, now_s: float, phase: Decoding, takeover: Takeover) -> None:
+        """Go on from what other nodes hold."""
+        self.phase = phase
+        self.forget_kv()
+        self.copies, self.kv_tokens = takeover.copies, takeover.tokens
+        self.progress_s = self.protect_from_s = now_s
+        self.unproven = True
+        self.clock.commanded(now_s)
+        self.clock.restored(now_s)
+
+    def progress(self) -> Progress:
+        return Progress(
+            prompt_tokens=len(self.spec.prompt),
+            known_tokens=len(self.tokens),
+            remaining_tokens=self.spec.generation.max_tokens - len(self.tokens),
+        )
 
     def add_token(self, now_s: float, token: SampledToken) -> None:
         self.tokens.append(token.token_id)
         self.first_token_s = self.first_token_s if self.first_token_s is not None else now_s
         self.last_token_s = now_s
-        if self.interrupted_s is not None:
-            self.recovery_s += now_s - self.interrupted_s
-            self.interrupted_s = None
-
-    def interrupt(self, now_s: float) -> None:
-        """A device failed under it; the pause lasts until the next token."""
-        self.interrupted_s = now_s if self.interrupted_s is None else self.interrupted_s
+        self.clock.token(now_s)
+        self.unproven = False
+        self.kv_tokens = len(self.spec.prompt) + len(self.tokens) - 1
 
     def waiting_view(self, config: CoreConfig) -> WaitingRequest:
         return WaitingRequest(
@@ -157,8 +215,8 @@ class Request:
             total_ms=_ms(self.arrival_s, now_s),
             prefill_path=self.path,
             kv=self.kv,
-            takeovers=max(0, self.attempts - 1),
-            recovery_ms=1000 * self.recovery_s,
+            takeovers=self.clock.interruptions,
+            recovery=self.clock.stats,
         )
 
 

@@ -4,7 +4,6 @@ from typing import Literal
 
 from edgellm.orchestrator.core.commands import (
     Command,
-    DropNode,
     EmitToken,
     FinishRequest,
     NoteNode,
@@ -51,12 +50,16 @@ class ClusterState:
             self.may_place = True
 
     def release(self, request: Request) -> None:
-        """Tell every node that may hold something of the attempt under way to forget it."""
-        if isinstance(request.phase, Queued):
-            return
-        attempt = request.phase.attempt
-        for node in self.nodes.mark_released(self.now_s, attempt):
-            self.out.append(ReleaseAttempt(connection=node.connection, attempt=attempt))
+        """Tell every node that may hold something of the request to forget it."""
+        for node in self.nodes.alive():
+            for attempt in [attempt for attempt in node.leases if attempt.request_id == request.id]:
+                self.release_on(node.connection, attempt)
+        request.forget_kv()
+
+    def release_on(self, connection: ConnectionId, attempt: AttemptId) -> None:
+        """Tell one node, unless it has nothing of the attempt, or was told before."""
+        if self.nodes.mark_released(self.now_s, connection, attempt):
+            self.out.append(ReleaseAttempt(connection=connection, attempt=attempt))
 
     def accept_token(self, request: Request, token: SampledToken) -> bool:
         """Pass the next token on; returns whether it ended the request."""
@@ -77,10 +80,21 @@ class ClusterState:
         self.finished_count += 1
         self.out.append(FinishRequest(request_id=request.id, reason=reason, message=message, stats=stats))
 
-    def try_elsewhere(self, request: Request, avoid: ConnectionId | None, why: str, delay_s: float = 0.0) -> None:
-        """Fence the attempt and queue the request again: whatever still comes from the attempt is ignored."""
+    def try_elsewhere(
+        self,
+        request: Request,
+        avoid: ConnectionId | None,
+        why: str,
+        *,
+        delay_s: float = 0.0,
+        last_sign_s: float | None = None,
+    ) -> None:
+        """Fence the attempt and queue the request again: whatever still comes from the attempt is ignored.
+
+        `last_sign_s`: when the node that failed was last heard of, where it was silence that told.
+        """
         self.release(request)
-        request.interrupt(self.now_s)
+        request.clock.interrupt(self.now_s, self.now_s if last_sign_s is None else last_sign_s)
         if avoid is not None:
             request.avoid.add(avoid)
         if request.attempts >= self.config.max_attempts:
@@ -89,21 +103,11 @@ class ClusterState:
         self.note_request(request, "queued", why)
         request.phase = Queued(since_s=self.now_s, not_before_s=self.now_s + delay_s)
 
-    def give_up_node(self, node: Node, reason: str) -> None:
-        """Fence off a node whose stream is still there."""
-        self.out.append(DropNode(connection=node.connection, reason=reason))
-        self.bury_node(node, reason)
-
-    def bury_node(self, node: Node, reason: str) -> None:
-        """Its process is gone: what it worked on starts again elsewhere."""
-        self.nodes.bury(node)
-        self.note_node(node, reason)
-        for request in list(self.requests.values()):
-            if request.uses(node.connection):
-                self.try_elsewhere(request, node.connection, f"node {node.profile.node_id} died: {reason}")
-
     def note_request(
-        self, request: Request, state: Literal["queued", "prefilling", "decoding", "finished"], detail: str
+        self,
+        request: Request,
+        state: Literal["queued", "recovering", "prefilling", "decoding", "finished"],
+        detail: str,
     ) -> None:
         self.may_place = True
         self.out.append(NoteRequest(request_id=request.id, epoch=request.epoch, state=state, detail=detail))

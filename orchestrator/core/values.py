@@ -205,6 +205,20 @@ class RecoveredRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveryStats:
+    """Pauses caused by failing devices, summed over a request; milliseconds."""
+
+    total_ms: float = 0.0
+    detect_ms: float = 0.0
+    """From the last sign of life to the decision that the device is lost."""
+    fence_ms: float = 0.0
+    """From the decision to the commands; where there is no place to go on, the time until there is one."""
+    restore_ms: float = 0.0
+    """Until KV is where it is needed. A copy is there already: then only reading a prompt again takes time."""
+    first_token_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestStats:
     """What is told about a request at its end; times in milliseconds on the clock of `handle`."""
 
@@ -219,5 +233,5 @@ class RequestStats:
     prefill_path: PrefillPath | None
     kv: KvTransfer
     takeovers: int
-    recovery_ms: float
-    """Pauses from the failure of a device to the next token, summed."""
+    """How often a device failed under it and its work was taken up elsewhere."""
+    recovery: RecoveryStats

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from edgellm.jetson.profiles import GIGABIT_ETHERNET_GB_S, LOOPBACK_GB_S
 from edgellm.orchestrator.core.policy import NodeView, WaitingRequest
+from edgellm.orchestrator.policies.room import Decoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +35,33 @@ class CostModel:
         """Time to read `tokens` prompt tokens on an idle node."""
         return tokens / node.prefill_tokens_per_s
 
-    def send_s(self, prefill: NodeView, decode: NodeView, tokens: int) -> float:
-        """Time that the KV of `tokens` tokens is on the link."""
-        same_host = prefill.host_id == decode.host_id
-        speed = self.same_host_bytes_per_s if same_host else self.network_bytes_per_s
-        return 2 * self.network_latency_s + tokens * prefill.kv_bytes_per_token / speed
+    def send_s(self, prefill: NodeView, decode: Decoders, tokens: int) -> float:
+        """Time that the KV of `tokens` tokens is on the links: each stage's layers go to its node."""
+        layers = sum(stage.layers.count for stage in decode.pipeline)
+        hosts = {node.connection: node.host_id for node in decode.nodes}
+        seconds = 0.0
+        for stage in decode.pipeline:
+            if stage.connection != prefill.connection:
+                same_host = prefill.host_id == hosts[stage.connection]
+                speed = self.same_host_bytes_per_s if same_host else self.network_bytes_per_s
+                seconds += tokens * prefill.kv_bytes_per_token * stage.layers.count / layers / speed
+        return 2 * self.network_latency_s + seconds
 
-    def remote_s(self, request: WaitingRequest, prefill: NodeView, decode: NodeView) -> float:
+    def remote_s(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> float:
         """Queue and prompt on the prefill node, then what sending did not hide behind reading."""
         read_s = self.read_s(prefill, request.prompt_tokens)
-        last_chunk = min(request.prompt_tokens, self.chunk_tokens)
-        hidden_s = read_s * (1 - last_chunk / request.prompt_tokens)
-        exposed_s = max(
-            self.send_s(prefill, decode, request.prompt_tokens) - hidden_s, self.send_s(prefill, decode, last_chunk)
-        )
-        return self.read_s(prefill, prefill.prefill_tokens) + read_s + exposed_s
+        return self.read_s(prefill, prefill.prefill_tokens) + read_s + self._exposed_s(request, prefill, decode)
 
-    def local_s(self, request: WaitingRequest, decode: NodeView) -> float:
-        """Prompt on the decode node, which holds up the answers that run there."""
-        tokens = decode.prefill_tokens + request.prompt_tokens
+    def local_s(self, request: WaitingRequest, decode: Decoders) -> float:
+        """Prompt on the node of the first stage, which holds up the answers that run there."""
+        head = decode.head
+        tokens = head.prefill_tokens + request.prompt_tokens
         stalled = self.reluctance + self.interference * decode.running
-        return self.interruption_s + self.read_s(decode, tokens) * stalled
+        exposed_s = self._exposed_s(request, head, decode) if len(decode.nodes) > 1 else 0.0
+        return self.interruption_s + self.read_s(head, tokens) * stalled + exposed_s
+
+    def _exposed_s(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> float:
+        last_chunk = min(request.prompt_tokens, self.chunk_tokens)
+        hidden_s = self.read_s(prefill, request.prompt_tokens) * (1 - last_chunk / request.prompt_tokens)
+        send_s = self.send_s(prefill, decode, request.prompt_tokens)
+        return max(send_s - hidden_s, self.send_s(prefill, decode, last_chunk))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
 from edgellm.orchestrator.policies.room import Room, fits
 
@@ -18,8 +19,14 @@ class DistServe:
     name = "distserve"
     max_batch_tokens: int = 4096
 
-    def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
-        room = Room(nodes)
+    def plan(
+        self,
+        now_s: float,
+        waiting: Sequence[WaitingRequest],
+        nodes: Sequence[NodeView],
+        pipelines: Sequence[Pipeline],
+    ) -> list[Placement]:
+        room = Room(nodes, pipelines)
         placements = []
         for request in sorted(waiting, key=lambda request: (request.arrival_s, request.request_id)):
             placement = self._place(request, room)
@@ -30,17 +37,16 @@ class DistServe:
         return placements
 
     def _place(self, request: WaitingRequest, room: Room) -> Placement | None:
-        prefillers = [node for node in room.prefillers() if self._has_turn(request, node)]
         decoders = room.decoders(request)
-        if not prefillers or not decoders:
+        if not decoders:
             return None
+        chosen = min(decoders, key=lambda d: (not d.connections.isdisjoint(request.avoid), -d.free_blocks))
+        prefillers = [n for n in room.prefillers() if n.connection in chosen.connections or self._has_turn(request, n)]
+        if not prefillers:
+            return None
+        reader = min(prefillers, key=lambda node: (node.connection in request.avoid, node.prefill_tokens))
         return Placement(
-            request_id=request.request_id,
-            prefill=min(
-                prefillers, key=lambda node: (node.connection in request.avoid, node.prefill_tokens)
-            ).connection,
-            decode=min(decoders, key=lambda node: (node.connection in request.avoid, -node.free_blocks)).connection,
-            path="remote",
+            request_id=request.request_id, prefill=reader.connection, pipeline=chosen.pipeline, path="remote"
         )
 
     def _has_turn(self, request: WaitingRequest, node: NodeView) -> bool:

@@ -1,12 +1,14 @@
 """Ours: two pools, least slack first, and a cost model that decides per prompt whether to send its KV at all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 
+from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
+from edgellm.orchestrator.core.values import PrefillPath
 from edgellm.orchestrator.policies.cost import CostModel
-from edgellm.orchestrator.policies.room import Room, fits
+from edgellm.orchestrator.policies.room import Decoders, Room, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,15 @@ class DualPool:
     max_considered: int = 64
     """Requests looked at per plan, the most urgent ones: bounds the time of a plan under overload."""
 
-    def plan(self, now_s: float, waiting: Sequence[WaitingRequest], nodes: Sequence[NodeView]) -> list[Placement]:
+    def plan(
+        self,
+        now_s: float,
+        waiting: Sequence[WaitingRequest],
+        nodes: Sequence[NodeView],
+        pipelines: Sequence[Pipeline],
+    ) -> list[Placement]:
         nodes = self.cost.with_speeds(nodes)
-        room = Room(nodes)
+        room = Room(nodes, pipelines)
         half_precision = any(node.can_prefill for node in nodes)
         placements = []
         for request in nsmallest(self.max_considered, waiting, key=lambda request: self._order(request, nodes)):
@@ -67,42 +75,37 @@ class DualPool:
 
     def _best(self, request: WaitingRequest, room: Room, *, may_degrade: bool) -> _Option | None:
         decoders = room.decoders(request)
-        prefillers = room.prefillers()
-        options = [self._remote(request, p, d) for p in prefillers for d in decoders]
-        options += [self._local(request, d) for d in decoders if d.can_prefill]
+        options = [self._remote(request, p, d) for p in room.prefillers() for d in decoders if p not in d.nodes]
+        options += [self._local(request, d) for d in decoders if d.head.can_prefill]
         if may_degrade:
-            options = [self._degraded(request, d) for d in decoders]
+            options = [self._degraded(request, d) for d in decoders if len(d.nodes) == 1]
         return min(options, key=lambda option: (option.avoided, option.cost_s), default=None)
 
-    def _remote(self, request: WaitingRequest, prefill: NodeView, decode: NodeView) -> _Option:
+    def _remote(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> _Option:
         ahead = prefill.prefill_tokens
         has_turn = ahead == 0 or ahead + request.prompt_tokens <= self.max_ahead_tokens
         return _Option(
-            placement=Placement(
-                request_id=request.request_id, prefill=prefill.connection, decode=decode.connection, path="remote"
-            ),
+            placement=_placement(request, prefill, decode, "remote"),
             cost_s=self.cost.remote_s(request, prefill, decode) + self._crowding_s(decode),
-            avoided=len({prefill.connection, decode.connection} & request.avoid),
+            avoided=len({prefill.connection, *decode.connections} & request.avoid),
             now=has_turn and fits(prefill, request.prompt_blocks),
         )
 
-    def _local(self, request: WaitingRequest, decode: NodeView) -> _Option:
+    def _local(self, request: WaitingRequest, decode: Decoders) -> _Option:
         return _Option(
-            placement=Placement(
-                request_id=request.request_id, prefill=decode.connection, decode=decode.connection, path="local"
-            ),
+            placement=_placement(request, decode.head, decode, "local"),
             cost_s=self.cost.local_s(request, decode) + self._crowding_s(decode),
-            avoided=len({decode.connection} & request.avoid),
+            avoided=len(decode.connections & request.avoid),
             now=True,
         )
 
-    def _degraded(self, request: WaitingRequest, decode: NodeView) -> _Option:
-        local = self._local(request, decode)
-        placement = Placement(
-            request_id=request.request_id, prefill=decode.connection, decode=decode.connection, path="degraded"
-        )
-        return _Option(placement=placement, cost_s=local.cost_s, avoided=local.avoided, now=True)
+    def _degraded(self, request: WaitingRequest, decode: Decoders) -> _Option:
+        return replace(self._local(request, decode), placement=_placement(request, decode.head, decode, "degraded"))
 
-    def _crowding_s(self, decode: NodeView) -> float:
-        """Spreads answers over the decode nodes: each running one lengthens the step a little."""
+    def _crowding_s(self, decode: Decoders) -> float:
+        """Spreads answers over the pipelines: each running one lengthens the step a little."""
         return 0.001 * decode.running
+
+
+def _placement(request: WaitingRequest, prefill: NodeView, decode: Decoders, path: PrefillPath) -> Placement:
+    return Placement(request_id=request.request_id, prefill=prefill.connection, pipeline=decode.pipeline, path=path)

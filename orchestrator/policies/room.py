@@ -1,30 +1,63 @@
 """What is left on the nodes while a plan is made: every policy places against this."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from edgellm.orchestrator.core.pipelines import Pipeline, connections_of
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
 from edgellm.orchestrator.core.values import ConnectionId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoders:
+    """A pipeline, and its nodes as they are now, each once, the first stage's first."""
+
+    pipeline: Pipeline
+    nodes: tuple[NodeView, ...]
+
+    @property
+    def connections(self) -> frozenset[ConnectionId]:
+        return frozenset(node.connection for node in self.nodes)
+
+    @property
+    def head(self) -> NodeView:
+        """Carries the first stage."""
+        return self.nodes[0]
+
+    @property
+    def running(self) -> int:
+        return max(node.running for node in self.nodes)
+
+    @property
+    def free_blocks(self) -> int:
+        return min(node.free_blocks for node in self.nodes)
 
 
 class Room:
     """Node views that shrink with each placement taken."""
 
-    def __init__(self, nodes: Sequence[NodeView]) -> None:
+    def __init__(self, nodes: Sequence[NodeView], pipelines: Sequence[Pipeline]) -> None:
         self._nodes: dict[ConnectionId, NodeView] = {node.connection: node for node in nodes if not node.suspect}
+        self._pipelines = [p for p in pipelines if self._nodes.keys() >= set(connections_of(p))]
 
     def prefillers(self) -> list[NodeView]:
         return [node for node in self._nodes.values() if node.role == "prefill" and node.can_prefill]
 
-    def decoders(self, request: WaitingRequest) -> list[NodeView]:
-        """Decode nodes that the whole request fits on now."""
-        return [n for n in self._nodes.values() if n.can_decode and fits(n, request.total_blocks)]
+    def decoders(self, request: WaitingRequest) -> list[Decoders]:
+        """Pipelines that the whole request fits on now."""
+        found = [
+            Decoders(pipeline=pipeline, nodes=tuple(self._nodes[c] for c in connections_of(pipeline)))
+            for pipeline in self._pipelines
+        ]
+        return [d for d in found if all(fits(node, request.total_blocks) for node in d.nodes)]
 
     def take(self, request: WaitingRequest, placement: Placement) -> None:
         """Count a placement as made."""
-        local = placement.prefill == placement.decode
-        self._shrink(placement.decode, request.total_blocks, request.prompt_tokens if local else 0)
-        if not local:
+        on_pipeline = connections_of(placement.pipeline)
+        for connection in on_pipeline:
+            reading = request.prompt_tokens if connection == placement.prefill else 0
+            self._shrink(connection, request.total_blocks, reading)
+        if placement.prefill not in on_pipeline:
             self._shrink(placement.prefill, request.prompt_blocks, request.prompt_tokens)
 
     def queue_behind(self, request: WaitingRequest, placement: Placement) -> None:

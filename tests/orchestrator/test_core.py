@@ -50,7 +50,7 @@ class Story:
     """A core, its time, and what it last commanded (without notes)."""
 
     def __init__(self, *connections: ConnectionId, kv_blocks: int = 64, half_engine: bool = True, **bounds):
-        self.core = Core(simulated_config(**bounds), DualPool())
+        self.core = Core(simulated_config(**{"hot_copies": False, **bounds}), DualPool())
         self.now_s = 0.0
         for connection in connections:
             name = NAMES[connection]

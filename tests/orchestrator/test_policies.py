@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgellm.orchestrator.core.pipelines import Stage, connections_of
 from edgellm.orchestrator.core.policy import NodeView, WaitingRequest
-from edgellm.orchestrator.core.values import ConnectionId, NodeId, RequestId
+from edgellm.orchestrator.core.values import ConnectionId, Layers, NodeId, RequestId
 from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.policies.cost import CostModel
 from edgellm.orchestrator.policies.dual_pool import DualPool
+from edgellm.orchestrator.policies.room import Decoders
 
 
 def node(connection: int, role: str = "decode", **fields) -> NodeView:
@@ -21,7 +23,6 @@ def node(connection: int, role: str = "decode", **fields) -> NodeView:
         "prefill_tokens": 0,
         "running": 0,
         "can_prefill": True,
-        "can_decode": role == "decode",
         "kv_bytes_per_token": 10_000,
         "prefill_tokens_per_s": 1000.0,
         "decode_step_ms": 10.0,
@@ -43,8 +44,14 @@ def waiting(name: str = "r", **fields) -> WaitingRequest:
     return WaitingRequest(request_id=RequestId(name), **{**values, **fields})
 
 
+def pipelines_of(nodes):
+    """Each decode node alone."""
+    return [(Stage(connection=n.connection, layers=Layers(0, 4)),) for n in nodes if n.role == "decode"]
+
+
 def plan(requests, nodes, now_s=0.0):
-    return [(p.request_id, p.path, p.prefill, p.decode) for p in DualPool().plan(now_s, requests, nodes)]
+    placements = DualPool().plan(now_s, requests, nodes, pipelines_of(nodes))
+    return [(p.request_id, p.path, p.prefill, *connections_of(p.pipeline)) for p in placements]
 
 
 PREFILL, DECODE = node(1, "prefill"), node(2)
@@ -132,34 +139,43 @@ def test_plans_fit_and_place_nobody_twice(policy, data):
         )
         for number in range(data.draw(st.integers(0, 6)))
     ]
-    placements = POLICIES[policy]().plan(10.0, requests, nodes)
+    cut = (Layers(0, 2), Layers(2, 2))
+    members = [n.connection for n in nodes if n.role == "decode"]
+    pairs = data.draw(st.lists(st.tuples(st.sampled_from(members), st.sampled_from(members)))) if members else []
+    staged = [tuple(Stage(connection=c, layers=ls) for c, ls in zip(pair, cut, strict=True)) for pair in pairs]
+    placements = POLICIES[policy]().plan(10.0, requests, nodes, [*pipelines_of(nodes), *staged])
     by_id = {request.request_id: request for request in requests}
     assert len({p.request_id for p in placements}) == len(placements)
     for view in nodes:
-        here = [p for p in placements if view.connection in (p.prefill, p.decode)]
+        here = [p for p in placements if view.connection in (p.prefill, *connections_of(p.pipeline))]
         blocks = sum(
-            by_id[p.request_id].total_blocks if p.decode == view.connection else by_id[p.request_id].prompt_blocks
+            by_id[p.request_id].total_blocks
+            if view.connection in connections_of(p.pipeline)
+            else by_id[p.request_id].prompt_blocks
             for p in here
         )
         assert blocks <= view.free_blocks
         assert len(here) <= (0 if view.suspect else view.free_sequences)
         for p in here:
-            assert p.decode != view.connection or view.can_decode
             assert p.prefill != view.connection or view.can_prefill or p.path == "degraded"
 
 
 def test_sending_is_hidden_behind_reading_but_for_the_last_chunk():
     cost = CostModel()
     request = waiting(prompt_tokens=1280)
-    fast_link = cost.remote_s(request, PREFILL, DECODE)
-    assert fast_link == pytest.approx(1.28 + cost.send_s(PREFILL, DECODE, 128))
+    decode = Decoders(pipeline=pipelines_of([DECODE])[0], nodes=(DECODE,))
+    fast_link = cost.remote_s(request, PREFILL, decode)
+    assert fast_link == pytest.approx(1.28 + cost.send_s(PREFILL, decode, 128))
     fat = node(1, "prefill", kv_bytes_per_token=1_000_000)
-    assert cost.remote_s(request, fat, DECODE) == pytest.approx(0.128 + cost.send_s(fat, DECODE, 1280))
+    assert cost.remote_s(request, fat, decode) == pytest.approx(0.128 + cost.send_s(fat, decode, 1280))
 
 
 def test_distserve_lets_nobody_overtake():
     nodes = [PREFILL, node(2, free_blocks=30)]
     policy = POLICIES["distserve"]()
-    assert policy.plan(0.0, [waiting("big", total_blocks=60), waiting("small", arrival_s=0.1)], nodes) == []
-    placed = policy.plan(0.0, [waiting("later", arrival_s=0.1, total_blocks=10), waiting("first")], nodes)
+    pipelines = pipelines_of(nodes)
+    too_big = [waiting("big", total_blocks=60), waiting("small", arrival_s=0.1)]
+    assert policy.plan(0.0, too_big, nodes, pipelines) == []
+    both = [waiting("later", arrival_s=0.1, total_blocks=10), waiting("first")]
+    placed = policy.plan(0.0, both, nodes, pipelines)
     assert [placement.request_id for placement in placed] == ["first", "later"]
