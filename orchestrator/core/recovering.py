@@ -20,11 +20,10 @@ def requests_recovered(state: ClusterState, event: RequestsRecovered) -> None:
 
 
 def _recovered(state: ClusterState, recovered: RecoveredRequest) -> Request:
-    nodes = frozenset(node_id for node_id, _ in recovered.stages)
     return Request(
         spec=recovered.spec,
         arrival_s=state.now_s,
-        phase=Recovering(nodes=nodes, until_s=state.now_s + state.config.recovery_wait_s),
+        phase=Recovering(nodes=recovered.nodes, until_s=state.now_s + state.config.recovery_wait_s),
         progress_s=state.now_s,
         tokens=list(recovered.tokens),
     )

@@ -198,10 +198,8 @@ class RecoveredRequest:
 
     spec: RequestSpec
     tokens: tuple[int, ...]
-    attempt: AttemptId | None
-    """The last one that was started; None where none was."""
-    stages: tuple[tuple[NodeId, Layers], ...] = ()
-    """Who carried what in that attempt."""
+    nodes: frozenset[NodeId] = frozenset()
+    """Those that carried its stages, as far as the journal knows: once they are back, nobody else is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
