@@ -72,7 +72,10 @@ class KvPool(Protocol):
     """Owns the KV blocks of one node; a block id means the same 32 token slots in every layer of `layers`."""
 
     contract: KvContract
+    """As this pool stores it: with its share of the KV heads."""
     layers: range
+    heads: range
+    """KV heads of the model that are kept here: all, but on a tensor-parallel rank."""
     num_blocks: int
 
     @property
@@ -107,9 +110,10 @@ class KvPool(Protocol):
 class HostKvPool:
     """KvPool in host memory, for backends that compute there; pages are taken from the system when first touched."""
 
-    def __init__(self, contract: KvContract, layers: range, num_blocks: int) -> None:
+    def __init__(self, contract: KvContract, layers: range, num_blocks: int, *, first_head: int = 0) -> None:
         self.contract = contract
         self.layers = layers
+        self.heads = range(first_head, first_head + contract.kv_heads)
         self.num_blocks = num_blocks
         shape = (len(layers), num_blocks, contract.block_bytes)
         self.data = private_memory(shape[0] * shape[1] * shape[2]).reshape(shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edgellm.engines.base import Engine
+from edgellm.engines.base import Engine, SumOverRanks
 from edgellm.engines.bundle import BundleError, engine_spec, open_bundle, verify_files
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.engines.spec import EngineSpec
@@ -20,7 +20,7 @@ class _Backend:
     """A backend, imported: the version its engines must have, and how to make an engine of a verified folder."""
 
     version: str
-    create: Callable[[Path, EngineSpec, HostKvPool, int | None], Engine]
+    create: Callable[[Path, EngineSpec, HostKvPool, int | None, SumOverRanks | None], Engine]
 
 
 def load_engine(
@@ -31,10 +31,12 @@ def load_engine(
     kv_blocks: int,
     threads: int | None = None,
     device_class: str = LOCAL_DEVICE_CLASS,
+    sum_over_ranks: SumOverRanks | None = None,
 ) -> Engine:
     """Load engine `name` of a bundle, on a pool of its own with `kv_blocks` blocks, or on `pool`.
 
-    `threads`: None lets the backend choose. `device_class`: what this device is. Every file of the engine is hashed.
+    `threads`: None lets the backend choose. `device_class`: what this device is. A tensor-parallel rank needs
+    `sum_over_ranks`. Every file of the engine is hashed.
     Raises BundleError if the bundle or engine is damaged, of another version, or for another device class, and
     ValueError if `pool` does not hold this engine's KV.
     """
@@ -45,7 +47,15 @@ def load_engine(
             f"engine {name} is for device class {spec.device_class!r} and this device is {device_class!r}; "
             "build a bundle whose cluster.toml names this device's class"
         )
-    return create_engine(bundle_dir / name, spec, contract=kv, pool=pool, kv_blocks=kv_blocks, threads=threads)
+    return create_engine(
+        bundle_dir / name,
+        spec,
+        contract=kv,
+        pool=pool,
+        kv_blocks=kv_blocks,
+        threads=threads,
+        sum_over_ranks=sum_over_ranks,
+    )
 
 
 def create_engine(
@@ -56,6 +66,7 @@ def create_engine(
     pool: HostKvPool | None = None,
     kv_blocks: int,
     threads: int | None = None,
+    sum_over_ranks: SumOverRanks | None = None,
 ) -> Engine:
     """`load_engine` for an engine that is in no bundle yet, on whatever device; `contract` is the whole model's."""
     backend = _import_backend(spec)
@@ -66,9 +77,9 @@ def create_engine(
         )
     verify_files(folder, spec.files)
     if pool is None:
-        pool = HostKvPool(engine_contract(contract, spec), engine_layers(spec), kv_blocks)
+        pool = engine_pool(contract, spec, engine_layers(spec), kv_blocks)
     _check_pool(pool, contract, spec)
-    return backend.create(folder, spec, pool, threads)
+    return backend.create(folder, spec, pool, threads, sum_over_ranks)
 
 
 def engine_layers(spec: EngineSpec) -> range:
@@ -80,6 +91,13 @@ def engine_contract(kv: KvContract, spec: EngineSpec) -> KvContract:
     """The bundle's contract as one engine stores it: a tensor-parallel rank keeps its share of the KV heads."""
     ranks = spec.world if spec.phase == "prefill" else 1
     return dataclasses.replace(kv, kv_heads=kv.kv_heads // ranks)
+
+
+def engine_pool(kv: KvContract, spec: EngineSpec, layers: range, num_blocks: int) -> HostKvPool:
+    """A pool for some layers of the model and this engine's heads; `kv` is the bundle's contract."""
+    own = engine_contract(kv, spec)
+    first_head = spec.rank * own.kv_heads if own.kv_heads < kv.kv_heads else 0
+    return HostKvPool(own, layers, num_blocks, first_head=first_head)
 
 
 def _check_pool(pool: HostKvPool, kv: KvContract, spec: EngineSpec) -> None:
@@ -104,8 +122,10 @@ def _import_backend(spec: EngineSpec) -> _Backend:
 def _import_cpu() -> _Backend:
     from edgellm.engines.cpu.engine import BACKEND_VERSION, CpuEngine
 
-    def create(folder: Path, spec: EngineSpec, pool: HostKvPool, threads: int | None) -> Engine:
-        return CpuEngine(folder, spec, pool=pool, threads=threads)
+    def create(
+        folder: Path, spec: EngineSpec, pool: HostKvPool, threads: int | None, sum_over_ranks: SumOverRanks | None
+    ) -> Engine:
+        return CpuEngine(folder, spec, pool=pool, threads=threads, sum_over_ranks=sum_over_ranks)
 
     return _Backend(version=BACKEND_VERSION, create=create)
 

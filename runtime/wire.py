@@ -56,7 +56,7 @@ def event_to_proto(event: messages.Event) -> cluster_pb2.NodeMessage:
         case messages.PrefillDone():
             return cluster_pb2.NodeMessage(prefill_done=_prefill_done(event))
         case messages.KvSent(attempt=attempt, stats=stats):
-            sent = cluster_pb2.KvSent(attempt=attempt_to_proto(attempt), transfer=_transfer(stats))
+            sent = cluster_pb2.KvSent(attempt=attempt_to_proto(attempt), transfer=transfer_to_proto(stats))
             return cluster_pb2.NodeMessage(kv_sent=sent)
         case messages.Tokens():
             return cluster_pb2.NodeMessage(tokens=_tokens(event))
@@ -104,7 +104,7 @@ def _prefill(prefill: cluster_pb2.Prefill) -> messages.Prefill:
         prompt=np.array(prefill.prompt, np.int64).astype(np.int32),
         generated=np.array(prefill.generated, np.int64).astype(np.int32),
         generation=_generation(prefill.generation),
-        targets=tuple(_target(target) for target in prefill.targets),
+        targets=tuple(target_from_proto(target) for target in prefill.targets),
         degraded=prefill.degraded,
         transfer_timeout_s=prefill.transfer_timeout_ms / 1e3,
     )
@@ -153,7 +153,7 @@ def _sampling(sampling: inference_pb2.SamplingParams) -> SamplingParams:
     )
 
 
-def _target(target: cluster_pb2.KvTarget) -> KvTarget:
+def target_from_proto(target: cluster_pb2.KvTarget) -> KvTarget:
     return KvTarget(
         node_id=NodeId(target.node_id),
         address=target.address,
@@ -175,7 +175,7 @@ def _stage(stage: cluster_pb2.Stage) -> Stage:
 
 
 def _copy(copy: cluster_pb2.Copy) -> KvCopy:
-    return KvCopy(source=NodeId(copy.source_node_id), target=_target(copy.target), from_token=copy.from_token)
+    return KvCopy(source=NodeId(copy.source_node_id), target=target_from_proto(copy.target), from_token=copy.from_token)
 
 
 def _copy_lost(event: messages.CopyLost) -> cluster_pb2.CopyLost:
@@ -224,7 +224,7 @@ def token_from_proto(token: cluster_pb2.SampledToken) -> SampledToken:
     )
 
 
-def _transfer(stats: TransferStats) -> inference_pb2.KvTransfer:
+def transfer_to_proto(stats: TransferStats) -> inference_pb2.KvTransfer:
     return inference_pb2.KvTransfer(
         transport=stats.transport,
         codec=stats.codec,

@@ -8,7 +8,7 @@ from edgellm.engines.kv import KvContract
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvRange:
-    """The KV of some tokens of one sequence, in some layers and heads."""
+    """The KV of some tokens of one sequence, in some layers and heads of the model."""
 
     layers: range
     heads: range

@@ -74,6 +74,8 @@ class PromptPart:
     tokens: int
     """All of the prompt."""
     backup: bool
+    senders: int = 1
+    """How many bring it, each some of the heads."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -87,6 +89,7 @@ class _Arriving:
     first_layer: int
     """Of the pool."""
     senders: Counter[PromptPart] = field(default_factory=Counter)
+    gone: Counter[PromptPart] = field(default_factory=Counter)
     complete: set[PromptPart] = field(default_factory=set)
 
     def rows(self, layers: range) -> npt.NDArray[np.bool_]:
@@ -153,7 +156,9 @@ class KvInbox:
         if arriving is None or not arriving.senders[part]:
             return
         arriving.senders[part] -= 1
-        if not arriving.senders[part] and arriving.rows(part.layers).any():
+        arriving.gone[part] += 1
+        is_over = not arriving.senders[part] and arriving.gone[part] >= part.senders
+        if is_over and arriving.rows(part.layers).any():
             if not part.backup:
                 del self._arriving[attempt]
             self.on_lost(attempt, part)

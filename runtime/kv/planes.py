@@ -25,7 +25,7 @@ def gather(pool: KvPool, blocks: Sequence[BlockId], where: KvRange) -> Planes:
     contract = pool.contract
     chosen = [blocks[index] for index in where.blocks(contract)]
     stored = np.stack([pool.read(chosen, layer) for layer in where.layers])
-    heads = slice(where.heads.start, where.heads.stop)
+    heads = _stored_heads(pool, where)
     planes = []
     for plane in _plane_views(contract, stored):
         flat = plane.reshape(len(where.layers), -1, *plane.shape[3:])
@@ -37,13 +37,17 @@ def scatter(pool: KvPool, blocks: Sequence[BlockId], where: KvRange, planes: Pla
     """Copy planes into the pool; what lies around the range stays."""
     contract = pool.contract
     chosen = [blocks[index] for index in where.blocks(contract)]
-    heads = slice(where.heads.start, where.heads.stop)
+    heads = _stored_heads(pool, where)
     whole_blocks = len(where.heads) == contract.kv_heads and where.tokens.stop % contract.block_tokens == 0
     for index, layer in enumerate(where.layers):
         stored = np.empty((len(chosen), contract.block_bytes), np.uint8) if whole_blocks else pool.read(chosen, layer)
         for target, plane in zip(_plane_views(contract, stored[None]), planes, strict=True):
             _fill(target[0], plane[index], heads)
         pool.write(chosen, layer, stored)
+
+
+def _stored_heads(pool: KvPool, where: KvRange) -> slice:
+    return slice(where.heads.start - pool.heads.start, where.heads.stop - pool.heads.start)
 
 
 def _fill(target: npt.NDArray[np.uint8], plane: npt.NDArray[np.uint8], heads: slice) -> None:

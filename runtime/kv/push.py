@@ -33,10 +33,19 @@ class KvPush:
     """State of one push; `run` until it returns or raises, `advance` whenever more of the prompt is computed."""
 
     def __init__(
-        self, job: TransferJob, target: KvTarget, *, pool: KvPool, codec: Callable[[KvLink], str], clock: SendingClock
+        self,
+        job: TransferJob,
+        target: KvTarget,
+        *,
+        pool: KvPool,
+        codec: Callable[[KvLink], str],
+        clock: SendingClock,
+        senders: int = 1,
     ) -> None:
+        """`senders`: ranks that push to this target, each the heads that its pool has."""
         self._job = job
         self.target = target
+        self._senders = senders
         self._pool = pool
         self._choose_codec = codec
         self._clock = clock
@@ -48,7 +57,8 @@ class KvPush:
         self._wake = asyncio.Event()
         self._credit_bytes = 0
         self._window_bytes = 0
-        self._complete = False
+        self._delivered = False
+        self._stopped = False
         self._chunks = 0
         self._bytes = 0
         self._transport = ""
@@ -60,6 +70,10 @@ class KvPush:
         if computed == self._job.prompt_tokens:
             self._clock.prompt_finished()
         self._wake.set()
+
+    def stop(self) -> None:
+        """From now on no block is read."""
+        self._stopped = True
 
     @property
     def stats(self) -> TransferStats:
@@ -106,7 +120,7 @@ class KvPush:
             call.cancel()
             for _, chunk in self._in_flight.values():
                 link.outgoing.release(chunk)
-        if not self._complete:
+        if not self._delivered:
             raise self._failure("the receiver closed the stream before it had everything")
 
     async def _open(self, call: _Call) -> None:
@@ -117,6 +131,7 @@ class KvPush:
             backup=self.target.backup,
             first_layer=self.target.first_layer,
             num_layers=self.target.num_layers,
+            senders=self._senders,
         )
         await write(call, kv_pb2.KvMessage(open=opening))
         ack = await call.read()
@@ -137,32 +152,36 @@ class KvPush:
                 self._resend(where, ack.message)
             else:
                 self._check(ack)
-            self._complete = self._complete or ack.complete
             self._clock.acknowledged(outstanding=bool(self._in_flight))
             self._expect_progress()
             self._wake.set()
 
     async def _send_chunks(self, call: _Call, link: KvLink) -> None:
         """Until cancelled, when the receiver closes the stream in answer to our half-close."""
-        half_closed = False
         while True:
             if (where := self._next(link)) is not None:
                 await self._send(call, link, where)
                 continue
-            if self._complete and not half_closed:
+            if self._is_all_acknowledged() and not self._delivered:
+                self._delivered = True
                 await call.done_writing()
-                half_closed = True
-            self._expect_progress(waiting_for_receiver=bool(self._in_flight) or half_closed)
+            self._expect_progress(waiting_for_receiver=bool(self._in_flight) or self._delivered)
             await self._woken()
 
     def _next(self, link: KvLink) -> KvRange | None:
+        if self._stopped:
+            return None
         contract = self._pool.contract
         sendable = sendable_tokens(contract, computed=self._computed, prompt_tokens=self._job.prompt_tokens)
         if sendable > self._cut_tokens:
-            tokens, heads = range(self._cut_tokens, sendable), range(contract.kv_heads)
-            self._to_send.extend(cut(contract, tokens, self._layers, heads, max_bytes=link.chunk_bytes))
+            tokens = range(self._cut_tokens, sendable)
+            self._to_send.extend(cut(contract, tokens, self._layers, self._pool.heads, max_bytes=link.chunk_bytes))
             self._cut_tokens = sendable
         return self._to_send.popleft() if self._to_send else None
+
+    def _is_all_acknowledged(self) -> bool:
+        """Of this sender's chunks: the receiver may still lack those of other ranks."""
+        return self._cut_tokens == self._job.prompt_tokens and not self._to_send and not self._in_flight
 
     async def _send(self, call: _Call, link: KvLink, where: KvRange) -> None:
         self._clock.chunk_started()

@@ -1,15 +1,16 @@
 """All prompts whose KV this node is sending."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final, Protocol
 
 from edgellm.engines.kv import KvContract, KvPool
 from edgellm.runtime.kv.codecs import CodecChoice
 from edgellm.runtime.kv.links import KvLink, KvLinks
 from edgellm.runtime.kv.push import KvPush
 from edgellm.runtime.kv.sending_clock import SendingClock
-from edgellm.runtime.kv.transfer import TransferError, TransferJob
+from edgellm.runtime.kv.transfer import TransferError, TransferJob, total
 from edgellm.runtime.kv.types import Attempt, KvTarget, TransferStats
 from edgellm.runtime.tasks import run_all
 
@@ -27,9 +28,41 @@ def choose_codec(choice: CodecChoice, contract: KvContract, link: KvLink, prefil
     return wanted if wanted in link.codecs else "raw"
 
 
+class Push(Protocol):
+    """A prompt's KV to one target, by all who send some of it."""
+
+    @property
+    def target(self) -> KvTarget: ...
+
+    @property
+    def stats(self) -> TransferStats: ...
+
+    async def run(self, links: KvLinks) -> None:
+        """Send everything. Raises TransferError."""
+        ...
+
+    def advance(self, computed: int) -> None: ...
+
+    def stop(self) -> None:
+        """From now on no block is read. No effect after the end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranks:
+    """The tensor-parallel ranks that send KV together."""
+
+    world: int
+    join: Callable[[KvPush, TransferJob], Push]
+    """This rank's push and what the other ranks send to the same target, as one."""
+
+
+ALONE: Final = Ranks(world=1, join=lambda push, _: push)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Sending:
-    pushes: tuple[KvPush, ...]
+    pushes: tuple[Push, ...]
     task: asyncio.Task[None]
 
 
@@ -59,7 +92,9 @@ class KvSender:
         prefill_tokens_per_s: Callable[[], float],
         hooks: SenderHooks,
         now_s: Callable[[], float],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._pool = pool
         self._links = links
         self._codec = codec
@@ -71,10 +106,7 @@ class KvSender:
 
     def start(self, job: TransferJob) -> None:
         """Open streams to all targets; chunks follow `advance`."""
-        pushes = tuple(
-            KvPush(job, target, pool=self._pool, codec=self._codec_for, clock=SendingClock(self._now_s))
-            for target in job.targets
-        )
+        pushes = tuple(self._ranks.join(self._make_push(job, target), job) for target in job.targets)
         task = asyncio.create_task(self._run(job.attempt, pushes))
         self._sending[job.attempt] = _Sending(pushes=pushes, task=task)
         self._tasks.add(task)
@@ -89,6 +121,7 @@ class KvSender:
     def cancel(self, attempt: Attempt) -> None:
         """From now on the attempt's blocks are not read. No effect if nothing is being sent."""
         if sending := self._sending.pop(attempt, None):
+            _stop(sending.pushes)
             sending.task.cancel()
 
     async def close(self) -> None:
@@ -97,15 +130,26 @@ class KvSender:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, attempt: Attempt, pushes: tuple[KvPush, ...]) -> None:
+    def _make_push(self, job: TransferJob, target: KvTarget) -> KvPush:
+        return KvPush(
+            job,
+            target,
+            pool=self._pool,
+            codec=self._codec_for,
+            clock=SendingClock(self._now_s),
+            senders=self._ranks.world,
+        )
+
+    async def _run(self, attempt: Attempt, pushes: tuple[Push, ...]) -> None:
         needed = tuple(push for push in pushes if not push.target.backup)
         backups = asyncio.gather(*(self._back_up(attempt, push) for push in pushes if push.target.backup))
         try:
             if needed:
                 await run_all(*(push.run(self._links) for push in needed))
-                self._hooks.on_sent(attempt, _sum(needed))
+                self._hooks.on_sent(attempt, total([push.stats for push in needed]))
             await backups
         except TransferError as error:
+            _stop(pushes)
             backups.cancel()
             self._sending.pop(attempt, None)
             self._hooks.on_failed(attempt, error)
@@ -116,11 +160,12 @@ class KvSender:
             backups.cancel()
             await asyncio.gather(backups, return_exceptions=True)
 
-    async def _back_up(self, attempt: Attempt, push: KvPush) -> None:
+    async def _back_up(self, attempt: Attempt, push: Push) -> None:
         """A backup that fails costs protection, and nothing else."""
         try:
             await push.run(self._links)
         except TransferError as error:
+            push.stop()
             self._hooks.on_backup_lost(attempt, push.target, str(error))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
@@ -132,13 +177,6 @@ class KvSender:
         return choose_codec(self._codec, self._pool.contract, link, self._prefill_tokens_per_s())
 
 
-def _sum(pushes: tuple[KvPush, ...]) -> TransferStats:
-    stats = [push.stats for push in pushes]
-    return TransferStats(
-        transport=stats[0].transport,
-        codec=stats[0].codec,
-        chunks=sum(one.chunks for one in stats),
-        bytes=sum(one.bytes for one in stats),
-        hidden_ms=max(one.hidden_ms for one in stats),
-        exposed_ms=max(one.exposed_ms for one in stats),
-    )
+def _stop(pushes: Sequence[Push]) -> None:
+    for push in pushes:
+        push.stop()

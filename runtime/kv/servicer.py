@@ -131,6 +131,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
             layers=range(first.open.first_layer, first.open.first_layer + first.open.num_layers),
             tokens=first.open.prompt_tokens,
             backup=first.open.backup,
+            senders=max(1, first.open.senders),
         )
         outcome = self._inbox.open(attempt, part, capacity_tokens=first.open.capacity_tokens)
         answer = _ack(outcome, sequence_number=0, credit_bytes=self._config.window_bytes)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from edgellm.engines.kv import BlockId
-from edgellm.runtime.kv.types import Attempt, KvCopy, KvTarget, NodeId
+from edgellm.runtime.kv.types import Attempt, KvCopy, KvTarget, NodeId, TransferStats
 
 TransferFailure: TypeAlias = Literal["transfer", "capacity"]
 
@@ -31,6 +31,18 @@ class TransferJob:
     targets: tuple[KvTarget, ...]
     timeout_s: float
     """Within which a transfer that has something to do must make progress."""
+
+
+def total(stats: Sequence[TransferStats]) -> TransferStats:
+    """Of transfers that went on side by side; at least one."""
+    return TransferStats(
+        transport=stats[0].transport,
+        codec=stats[0].codec,
+        chunks=sum(one.chunks for one in stats),
+        bytes=sum(one.bytes for one in stats),
+        hidden_ms=max(one.hidden_ms for one in stats),
+        exposed_ms=max(one.exposed_ms for one in stats),
+    )
 
 
 class Transfers(Protocol):

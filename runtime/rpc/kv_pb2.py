@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from edgellm.runtime.rpc import cluster_pb2 as edgellm_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65\x64gellm/v1/kv.proto\x12\nedgellm.v1\x1a\x18\x65\x64gellm/v1/cluster.proto\"\x80\x01\n\x07KvHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\x1a\n\x12kv_contract_sha256\x18\x03 \x01(\t\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x10\n\x08shm_name\x18\x05 \x01(\t\x12\x11\n\tshm_bytes\x18\x06 \x01(\x04\"T\n\tKvWelcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06\x63odecs\x18\x03 \x03(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\r\"`\n\tKvMessage\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.edgellm.v1.KvOpenH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.edgellm.v1.KvChunkH\x00\x42\t\n\x07message\"\x97\x01\n\x06KvOpen\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x03 \x01(\r\x12\x0e\n\x06\x62\x61\x63kup\x18\x04 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\"\xab\x02\n\x07KvChunk\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\x11\n\tnum_heads\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x06 \x01(\r\x12\x12\n\nnum_tokens\x18\x07 \x01(\r\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\x18\n\x0einline_payload\x18\n \x01(\x0cH\x00\x12\"\n\x03shm\x18\x0b \x01(\x0b\x32\x13.edgellm.v1.ShmSpanH\x00\x12\x17\n\x0fsequence_number\x18\x0c \x01(\rB\t\n\x07payload\")\n\x07ShmSpan\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"\x82\x01\n\x05KvAck\x12\'\n\x06status\x18\x01 \x01(\x0e\x32\x17.edgellm.v1.KvAckStatus\x12\x17\n\x0fsequence_number\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\"\x93\x01\n\rKvCopyMessage\x12\x18\n\x0einline_payload\x18\x01 \x01(\x0cH\x00\x12\"\n\x03shm\x18\x02 \x01(\x0b\x32\x13.edgellm.v1.ShmSpanH\x00\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\'\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x16.edgellm.v1.KvCopyRowsB\t\n\x07payload\"\xbc\x01\n\nKvCopyRows\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x06 \x01(\r\x12\r\n\x05\x63odec\x18\x07 \x01(\t\x12\x0e\n\x06length\x18\x08 \x01(\x04\"8\n\tKvCopyAck\x12+\n\x08refusals\x18\x01 \x03(\x0b\x32\x19.edgellm.v1.KvCopyRefusal\"X\n\rKvCopyRefusal\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.edgellm.v1.KvAckStatus\x12\x0f\n\x07message\x18\x03 \x01(\t*\xae\x01\n\x0bKvAckStatus\x12\x1d\n\x19KV_ACK_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_ACK_STATUS_OK\x10\x01\x12\x17\n\x13KV_ACK_STATUS_STALE\x10\x02\x12\x1d\n\x19KV_ACK_STATUS_NO_CAPACITY\x10\x03\x12\x19\n\x15KV_ACK_STATUS_CORRUPT\x10\x04\x12\x17\n\x13KV_ACK_STATUS_EARLY\x10\x05\x32\xb9\x01\n\nKvExchange\x12\x37\n\tHandshake\x12\x13.edgellm.v1.KvHello\x1a\x15.edgellm.v1.KvWelcome\x12\x34\n\x04Push\x12\x15.edgellm.v1.KvMessage\x1a\x11.edgellm.v1.KvAck(\x01\x30\x01\x12<\n\x04\x43opy\x12\x19.edgellm.v1.KvCopyMessage\x1a\x15.edgellm.v1.KvCopyAck(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65\x64gellm/v1/kv.proto\x12\nedgellm.v1\x1a\x18\x65\x64gellm/v1/cluster.proto\"\x80\x01\n\x07KvHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\x1a\n\x12kv_contract_sha256\x18\x03 \x01(\t\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x10\n\x08shm_name\x18\x05 \x01(\t\x12\x11\n\tshm_bytes\x18\x06 \x01(\x04\"T\n\tKvWelcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06\x63odecs\x18\x03 \x03(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\r\"`\n\tKvMessage\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.edgellm.v1.KvOpenH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.edgellm.v1.KvChunkH\x00\x42\t\n\x07message\"\xa8\x01\n\x06KvOpen\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x03 \x01(\r\x12\x0e\n\x06\x62\x61\x63kup\x18\x04 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x0f\n\x07senders\x18\x07 \x01(\r\"\xab\x02\n\x07KvChunk\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\x11\n\tnum_heads\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x06 \x01(\r\x12\x12\n\nnum_tokens\x18\x07 \x01(\r\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\x18\n\x0einline_payload\x18\n \x01(\x0cH\x00\x12\"\n\x03shm\x18\x0b \x01(\x0b\x32\x13.edgellm.v1.ShmSpanH\x00\x12\x17\n\x0fsequence_number\x18\x0c \x01(\rB\t\n\x07payload\")\n\x07ShmSpan\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"\x82\x01\n\x05KvAck\x12\'\n\x06status\x18\x01 \x01(\x0e\x32\x17.edgellm.v1.KvAckStatus\x12\x17\n\x0fsequence_number\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\"\x93\x01\n\rKvCopyMessage\x12\x18\n\x0einline_payload\x18\x01 \x01(\x0cH\x00\x12\"\n\x03shm\x18\x02 \x01(\x0b\x32\x13.edgellm.v1.ShmSpanH\x00\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\'\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x16.edgellm.v1.KvCopyRowsB\t\n\x07payload\"\xbc\x01\n\nKvCopyRows\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x06 \x01(\r\x12\r\n\x05\x63odec\x18\x07 \x01(\t\x12\x0e\n\x06length\x18\x08 \x01(\x04\"8\n\tKvCopyAck\x12+\n\x08refusals\x18\x01 \x03(\x0b\x32\x19.edgellm.v1.KvCopyRefusal\"X\n\rKvCopyRefusal\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.edgellm.v1.KvAckStatus\x12\x0f\n\x07message\x18\x03 \x01(\t*\xae\x01\n\x0bKvAckStatus\x12\x1d\n\x19KV_ACK_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_ACK_STATUS_OK\x10\x01\x12\x17\n\x13KV_ACK_STATUS_STALE\x10\x02\x12\x1d\n\x19KV_ACK_STATUS_NO_CAPACITY\x10\x03\x12\x19\n\x15KV_ACK_STATUS_CORRUPT\x10\x04\x12\x17\n\x13KV_ACK_STATUS_EARLY\x10\x05\x32\xb9\x01\n\nKvExchange\x12\x37\n\tHandshake\x12\x13.edgellm.v1.KvHello\x1a\x15.edgellm.v1.KvWelcome\x12\x34\n\x04Push\x12\x15.edgellm.v1.KvMessage\x1a\x11.edgellm.v1.KvAck(\x01\x30\x01\x12<\n\x04\x43opy\x12\x19.edgellm.v1.KvCopyMessage\x1a\x15.edgellm.v1.KvCopyAck(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'edgellm.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVACKSTATUS']._serialized_start=1498
-  _globals['_KVACKSTATUS']._serialized_end=1672
+  _globals['_KVACKSTATUS']._serialized_start=1515
+  _globals['_KVACKSTATUS']._serialized_end=1689
   _globals['_KVHELLO']._serialized_start=62
   _globals['_KVHELLO']._serialized_end=190
   _globals['_KVWELCOME']._serialized_start=192
@@ -41,21 +41,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVMESSAGE']._serialized_start=278
   _globals['_KVMESSAGE']._serialized_end=374
   _globals['_KVOPEN']._serialized_start=377
-  _globals['_KVOPEN']._serialized_end=528
-  _globals['_KVCHUNK']._serialized_start=531
-  _globals['_KVCHUNK']._serialized_end=830
-  _globals['_SHMSPAN']._serialized_start=832
-  _globals['_SHMSPAN']._serialized_end=873
-  _globals['_KVACK']._serialized_start=876
-  _globals['_KVACK']._serialized_end=1006
-  _globals['_KVCOPYMESSAGE']._serialized_start=1009
-  _globals['_KVCOPYMESSAGE']._serialized_end=1156
-  _globals['_KVCOPYROWS']._serialized_start=1159
-  _globals['_KVCOPYROWS']._serialized_end=1347
-  _globals['_KVCOPYACK']._serialized_start=1349
-  _globals['_KVCOPYACK']._serialized_end=1405
-  _globals['_KVCOPYREFUSAL']._serialized_start=1407
-  _globals['_KVCOPYREFUSAL']._serialized_end=1495
-  _globals['_KVEXCHANGE']._serialized_start=1675
-  _globals['_KVEXCHANGE']._serialized_end=1860
+  _globals['_KVOPEN']._serialized_end=545
+  _globals['_KVCHUNK']._serialized_start=548
+  _globals['_KVCHUNK']._serialized_end=847
+  _globals['_SHMSPAN']._serialized_start=849
+  _globals['_SHMSPAN']._serialized_end=890
+  _globals['_KVACK']._serialized_start=893
+  _globals['_KVACK']._serialized_end=1023
+  _globals['_KVCOPYMESSAGE']._serialized_start=1026
+  _globals['_KVCOPYMESSAGE']._serialized_end=1173
+  _globals['_KVCOPYROWS']._serialized_start=1176
+  _globals['_KVCOPYROWS']._serialized_end=1364
+  _globals['_KVCOPYACK']._serialized_start=1366
+  _globals['_KVCOPYACK']._serialized_end=1422
+  _globals['_KVCOPYREFUSAL']._serialized_start=1424
+  _globals['_KVCOPYREFUSAL']._serialized_end=1512
+  _globals['_KVEXCHANGE']._serialized_start=1692
+  _globals['_KVEXCHANGE']._serialized_end=1877
 # @@protoc_insertion_point(module_scope)

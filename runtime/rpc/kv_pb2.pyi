@@ -155,6 +155,7 @@ class KvOpen(_message.Message):
     BACKUP_FIELD_NUMBER: _builtins.int
     FIRST_LAYER_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    SENDERS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     capacity_tokens: _builtins.int
     """Prompt and answer: what to reserve."""
@@ -162,6 +163,8 @@ class KvOpen(_message.Message):
     first_layer: _builtins.int
     """The layers that will be sent on this stream."""
     num_layers: _builtins.int
+    senders: _builtins.int
+    """Streams that bring these layers, each some of the heads: one per tensor-parallel rank. 0 counts as 1."""
     @_builtins.property
     def attempt(self) -> _cluster_pb2.Attempt: ...
     def __init__(
@@ -173,10 +176,11 @@ class KvOpen(_message.Message):
         backup: _builtins.bool = ...,
         first_layer: _builtins.int = ...,
         num_layers: _builtins.int = ...,
+        senders: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "backup", b"backup", "capacity_tokens", b"capacity_tokens", "first_layer", b"first_layer", "num_layers", b"num_layers", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "backup", b"backup", "capacity_tokens", b"capacity_tokens", "first_layer", b"first_layer", "num_layers", b"num_layers", "prompt_tokens", b"prompt_tokens", "senders", b"senders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
