@@ -49,6 +49,10 @@ class Attempts:
         """Somebody must resume or release it until then."""
         self._decide_by_s[attempt] = until_s
 
+    def decided(self, attempt: Attempt) -> None:
+        """Somebody did, before it had come to this."""
+        self._decide_by_s.pop(attempt, None)
+
     def undecided(self, now_s: float) -> list[Attempt]:
         """Those that waited for too long."""
         return [attempt for attempt, until_s in self._decide_by_s.items() if until_s <= now_s]

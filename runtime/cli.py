@@ -12,6 +12,7 @@ from typing import get_args
 from edgellm.engines.bundle import BundleError
 from edgellm.runtime.config import JoinConfig, NodeConfig, NodeError
 from edgellm.runtime.kv.codecs import CodecChoice
+from edgellm.runtime.kv.copying.queue import CopyCodec, CopyConfig
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.loading import load_engines
 from edgellm.runtime.server import NodeServer
@@ -48,6 +49,7 @@ def _config(options: argparse.Namespace) -> NodeConfig:
         threads=options.threads,
         metrics_port=options.metrics_port,
         kv_codec=options.kv_codec,
+        copies=CopyConfig(codec=options.copy_codec),
         allow_shm=not options.no_shm,
         parent_pid=os.getppid() if options.exit_with_parent else None,
     )
@@ -66,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--device-class", metavar="NAME", help="of this machine, such as orin-nano-8gb (default: as found)")
     add("--threads", metavar="N", type=_positive, help="of the engine (default: its choice)")
     add("--kv-codec", default=NodeConfig.kv_codec, choices=get_args(CodecChoice), help="(default %(default)s)")
+    add(
+        "--copy-codec",
+        default=CopyConfig.codec,
+        choices=get_args(CopyCodec),
+        help="of copies; what is written after a takeover from int8 may differ (default %(default)s)",
+    )
     add("--no-shm", action="store_true", help="send KV over gRPC on the same host too")
     add("--metrics-port", metavar="N", type=int, help="for Prometheus (default: none)")
     add("--join-timeout", default=join.join_timeout_s, metavar="SECONDS", type=float, help="(default %(default)s)")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.runtime.kv.codecs import CodecChoice
+from edgellm.runtime.kv.copying.queue import CopyConfig
 from edgellm.runtime.kv.servicer import ExchangeConfig
 from edgellm.runtime.kv.types import NodeId
 
@@ -51,5 +52,6 @@ class NodeConfig:
     local_chunk_rows: int = 128
     """Prompt tokens per step on a decode node: running answers wait for one such step."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    copies: CopyConfig = field(default_factory=CopyConfig)
     parent_pid: int | None = None
     """The node ends when this is no longer its parent process. None: it does not look."""

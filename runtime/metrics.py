@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from edgellm.engines.kv import KvPool
 from edgellm.runtime.config import NodeError
+from edgellm.runtime.kv.copying.holder import CopyCounters
+from edgellm.runtime.kv.copying.replicator import Replicator
 from edgellm.runtime.kv.inbox import InboxCounters
 from edgellm.runtime.lanes import DecodeLane, PlannedStep, PrefillLane, StageLane
 from edgellm.runtime.messages import (
@@ -68,6 +70,14 @@ class NodeMetrics:
             "edgellm_kv_received", "KV chunks by what became of them", ["state"], registry=self.registry
         )
 
+        self._copies = Gauge("edgellm_kv_copies", "Copies of KV that this node keeps on others", registry=self.registry)
+        self._copy_lag = Gauge(
+            "edgellm_kv_copy_lag_tokens", "Tokens that the copy furthest behind lacks", registry=self.registry
+        )
+        self._copied_bytes = Gauge(
+            "edgellm_kv_copied_bytes", "Copies sent and received", ["way"], registry=self.registry
+        )
+
     def serve(self, host: str, port: int | None) -> None:
         """Raises NodeError if the port cannot be had."""
         if port is None:
@@ -123,3 +133,10 @@ class NodeMetrics:
         self._received.labels("stale").set(received.stale)
         self._received.labels("corrupt").set(received.corrupt)
         self._received.labels("duplicate").set(received.duplicate)
+
+    def observe_copies(self, sent: Replicator, received: CopyCounters) -> None:
+        """Likewise."""
+        self._copies.set(sent.running)
+        self._copy_lag.set(sent.lag_tokens)
+        self._copied_bytes.labels("sent").set(sent.sent_bytes)
+        self._copied_bytes.labels("received").set(received.bytes)

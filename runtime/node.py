@@ -125,6 +125,7 @@ class Node:
             if command.resume_from is not None:
                 self._take_over(command.attempt, command.resume_from, command.resume_tokens)
             _log.info("decode queued %s known_tokens=%d", command.attempt, len(command.generated))
+            self._attempts.decided(command.attempt)
             self._answers.add(command, now_s)
             self._start_answer(command.attempt)
             if command.resume_from is not None and self._answers.is_waiting(command.attempt):
@@ -172,6 +173,7 @@ class Node:
         for decode in self._answers.late(now_s):
             message = f"the prompt's KV did not arrive within {decode.kv_timeout_s} s"
             self._fail(decode.attempt, "transfer", message)
+        self._lease_copies(now_s)
         for attempt in self._attempts.undecided(now_s):
             if attempt in self._answers:
                 self._fail(attempt, "transfer", f"it stalled, and nobody resumed it within {self._lease_s} s")
@@ -415,6 +417,12 @@ class Node:
     def _stall(self, attempt: Attempt, now_s: float) -> None:
         self._answers.stall(attempt)
         self._attempts.await_decision(attempt, now_s + self._lease_s)
+
+    def _lease_copies(self, now_s: float) -> None:
+        """Copies that nobody adds to or takes over are kept for the lease."""
+        for attempt in self._holdings.take_fed():
+            if attempt not in self._answers:
+                self._attempts.await_decision(attempt, now_s + self._lease_s)
 
     def _end(self, attempt: Attempt) -> None:
         """Nothing more of this attempt is wanted here."""

@@ -21,7 +21,6 @@ from edgellm.runtime.host import host_id, memory
 from edgellm.runtime.join import JoinClient, JoinHooks
 from edgellm.runtime.kv.copying.holder import CopyHolder
 from edgellm.runtime.kv.copying.holdings import Holdings
-from edgellm.runtime.kv.copying.queue import CopyConfig
 from edgellm.runtime.kv.copying.replicator import CopyHooks, Replicator
 from edgellm.runtime.kv.inbox import KvInbox
 from edgellm.runtime.kv.ledger import BlockLedger
@@ -144,7 +143,7 @@ class NodeServer:
         return Replicator(
             holdings=self.holdings,
             links=self._links,
-            config=CopyConfig(),
+            config=self._config.copies,
             hooks=CopyHooks(on_lost=self.node.copy_lost, on_crash=self._crashed),
         )
 
@@ -257,6 +256,7 @@ class NodeServer:
         progress, resident = self._engine_loop.progress, memory()
         self.node.report_copies()
         self.metrics.observe(self.node, self._engines.pool, self._inbox.counters)
+        self.metrics.observe_copies(self._replicator, self._holder.counters)
         return cluster_pb2.Heartbeat(
             steps=progress.steps,
             running=self.node.running,

@@ -17,7 +17,9 @@ class Holdings:
     def __init__(self, ledger: BlockLedger) -> None:
         self._ledger = ledger
         self._coverage: dict[Attempt, Coverage] = {}
-        self._reported: dict[Attempt, list[HeldKv]] = {}
+        self._unreported: set[Attempt] = set()
+        """Those whose copies have changed."""
+        self._fed: set[Attempt] = set()
 
     @property
     def pool(self) -> KvPool:
@@ -45,6 +47,8 @@ class Holdings:
             capacity_tokens = len(self._ledger.blocks(attempt)) * pool.contract.block_tokens
             coverage = self._coverage[attempt] = Coverage(pool.layers, capacity_tokens)
         coverage.add(layers, tokens, origin)
+        if origin == "copy":
+            self._changed(attempt)
 
     def reach(self, attempt: Attempt, layers: range) -> int:
         """The first position that is missing in one of the layers; 0 if nothing is held."""
@@ -62,29 +66,37 @@ class Holdings:
         Raises KeyError if the old attempt holds no blocks, ValueError if the new one does.
         """
         self._ledger.rename(old, new)
-        self._reported.pop(old, None)
-        if coverage := self._coverage.pop(old, None):
+        coverage = self._coverage.pop(old, None)
+        self.drop(old)
+        if coverage is not None:
             coverage.cut(tokens)
             self._coverage[new] = coverage
+            self._changed(new)
 
     def drop(self, attempt: Attempt) -> None:
         """Forget the attempt; who asks frees the blocks."""
         self._coverage.pop(attempt, None)
-        self._reported.pop(attempt, None)
+        self._unreported.discard(attempt)
+        self._fed.discard(attempt)
 
     def held(self) -> list[HeldKv]:
         """All KV, by attempt and run of layers."""
         return [held for attempt in self._coverage for held in self._runs(attempt, ("own", "copy"))]
 
     def copies_changed(self, attempts: Iterable[Attempt] | None = None) -> list[HeldKv]:
-        """Copies that were not reported as they are now, and from now on are; of these attempts, or of all."""
-        changed: list[HeldKv] = []
-        for attempt in self._coverage if attempts is None else attempts:
-            copies = self._runs(attempt, ("copy",))
-            if copies != self._reported.get(attempt, []):
-                self._reported[attempt] = copies
-                changed += copies
-        return changed
+        """Copies that have changed since this was last asked about them; of these attempts, or of all."""
+        changed = self._unreported if attempts is None else self._unreported.intersection(attempts)
+        self._unreported = self._unreported - changed
+        return [held for attempt in changed for held in self._runs(attempt, ("copy",))]
+
+    def take_fed(self) -> set[Attempt]:
+        """Whose copies have grown, or were taken over, since the last call."""
+        fed, self._fed = self._fed, set()
+        return fed
+
+    def _changed(self, attempt: Attempt) -> None:
+        self._unreported.add(attempt)
+        self._fed.add(attempt)
 
     def _runs(self, attempt: Attempt, origins: tuple[Origin, ...]) -> list[HeldKv]:
         return [

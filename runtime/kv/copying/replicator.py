@@ -40,6 +40,8 @@ class Replicator:
         self._streams: dict[_Peer, CopyStream] = {}
         self._copies: dict[Attempt, dict[CopyKey, CopyStream]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sent_bytes = 0
+        """By streams that have ended."""
 
     @property
     def running(self) -> int:
@@ -53,8 +55,8 @@ class Replicator:
 
     @property
     def sent_bytes(self) -> int:
-        """By the streams that are open."""
-        return sum(stream.sent_bytes for stream in self._streams.values())
+        """Since the start of this node."""
+        return self._sent_bytes + sum(stream.sent_bytes for stream in self._streams.values())
 
     def start(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
         """Keep these copies from now on, in place of those of the same layers. The attempt holds blocks."""
@@ -109,6 +111,7 @@ class Replicator:
             reason = str(error)
             _log.warning("copies lost holder=%s copies=%d reason=%s", peer[0], len(stream.queue), reason)
         finally:
+            self._sent_bytes += stream.sent_bytes
             if self._streams.get(peer) is stream:
                 del self._streams[peer]
         for key in stream.queue.keys:

@@ -21,6 +21,11 @@ class Span:
     tokens: range
 
 
+def carried_as(codec: str, contract: KvContract) -> str:
+    """`raw` where the contract's KV is as small already: fewer bytes are a wish, not a need."""
+    return codec if contract.dtype == "fp16" else RAW
+
+
 def wire_row_bytes(codec: str, contract: KvContract) -> int:
     """Bytes of one token in one layer. Raises CodecError for a codec that cannot carry this contract's KV."""
     if codec == RAW:

@@ -12,7 +12,7 @@ import grpc.aio
 
 from edgellm.engines.kv import BlockId, KvPool
 from edgellm.runtime.kv.copying.queue import CopyConfig, CopyKey, CopyQueue, Refusal, Rows
-from edgellm.runtime.kv.copying.rows import Span, read_spans, wire_row_bytes
+from edgellm.runtime.kv.copying.rows import Span, carried_as, read_spans, wire_row_bytes
 from edgellm.runtime.kv.links import KvLink, KvLinks
 from edgellm.runtime.kv.servicer import SENDER_METADATA
 from edgellm.runtime.kv.types import KvTarget
@@ -43,7 +43,8 @@ class CopyStream:
         self._pool = pool
         self._config = config
         self._on_ended = on_ended
-        self._row_bytes = wire_row_bytes(config.codec, pool.contract)
+        self._codec = carried_as(config.codec, pool.contract)
+        self._row_bytes = wire_row_bytes(self._codec, pool.contract)
         self._blocks: dict[CopyKey, Sequence[BlockId]] = {}
         self._in_flight: deque[tuple[kv_pb2.KvCopyMessage, list[Rows]]] = deque()
         self._wake = asyncio.Event()
@@ -174,7 +175,7 @@ class CopyStream:
         parts = []
         for layers, group in groupby(rows, key=lambda one: one.key.layers):
             spans = [Span(blocks=self._blocks[one.key], tokens=one.tokens) for one in group]
-            parts.append(read_spans(self._pool, layers, spans, self._config.codec).tobytes())
+            parts.append(read_spans(self._pool, layers, spans, self._codec).tobytes())
         payload = b"".join(parts)
         entries = [self._entry(one) for one in rows]
         return kv_pb2.KvCopyMessage(checksum=zlib.crc32(payload), entries=entries), payload
@@ -188,7 +189,7 @@ class CopyStream:
             first_token=tokens.start,
             num_tokens=len(tokens),
             capacity_tokens=len(self._blocks[rows.key]) * self._pool.contract.block_tokens,
-            codec=self._config.codec,
+            codec=self._codec,
             length=len(tokens) * len(layers) * self._row_bytes,
         )
 
