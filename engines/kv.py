@@ -120,6 +120,8 @@ class HostKvPool:
         """uint8 [layers, num_blocks, block_bytes]; native engines compute on this memory in place."""
         self._free = [BlockId(block) for block in reversed(range(num_blocks))]  # changed in place: windows share it
         self._is_free = [True] * num_blocks
+        self.versions = np.zeros((len(layers), num_blocks), np.int64)
+        """Goes up when a block is freed or written through this class: a copy of its bytes elsewhere is out of date."""
 
     def window(self, layers: range) -> "HostKvPool":
         """The same pool, seen by an engine of only these layers: blocks, their owners and their bytes are shared."""
@@ -127,7 +129,8 @@ class HostKvPool:
             raise ValueError(f"layers {layers} are not in a pool of layers {self.layers}")
         window = copy.copy(self)
         first = self.layers.start
-        window.layers, window.data = layers, self.data[layers.start - first : layers.stop - first]
+        inside = slice(layers.start - first, layers.stop - first)
+        window.layers, window.data, window.versions = layers, self.data[inside], self.versions[inside]
         return window
 
     @property
@@ -148,6 +151,7 @@ class HostKvPool:
             raise ValueError(f"KV blocks {wrong or list(blocks)} are not allocated, or named twice")
         for block in blocks:
             self._is_free[block] = True
+        self.versions[:, np.asarray(blocks, np.intp)] += 1
         self._free.extend(reversed(blocks))
 
     def read(self, blocks: Sequence[BlockId], layer: int) -> npt.NDArray[np.uint8]:
@@ -155,6 +159,7 @@ class HostKvPool:
 
     def write(self, blocks: Sequence[BlockId], layer: int, data: npt.NDArray[np.uint8]) -> None:
         self.data[layer - self.layers.start, np.asarray(blocks, np.intp)] = data
+        self.versions[layer - self.layers.start, np.asarray(blocks, np.intp)] += 1
 
     def read_rows(self, blocks: Slots, tokens: Slots, layers: range) -> npt.NDArray[np.uint8]:
         shape = (len(blocks), len(layers), -1)
@@ -166,6 +171,8 @@ class HostKvPool:
             end = start + 2 * plane.shape[4]
             plane[:, blocks, :, tokens] = rows[:, :, start:end].reshape(len(blocks), len(layers), 2, -1)
             start = end
+        first = self.layers.start
+        self.versions[layers.start - first : layers.stop - first, blocks] += 1
 
     def _planes(self, layers: range) -> list[npt.NDArray[np.uint8]]:
         """Views [layers, num_blocks, K and V, block_tokens, bytes of one token]: of values, and of scales."""
