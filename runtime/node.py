@@ -302,9 +302,9 @@ class Node:
         self._fail(attempt, error.kind, str(error), error.peer)
 
     def transfers_over(self, attempt: Attempt) -> None:
-        """Nothing more of the prompt is on its way."""
+        """Nothing more of the prompt is on its way. Copies of it may come back here, so it is not stale."""
         if not self._readings.stays(attempt):
-            self._end(attempt)
+            self._drop(attempt)
 
     def copy_lost(self, attempt: Attempt, holder: NodeId, layers: range, message: str) -> None:
         """A copy is not kept up any more; the request goes on without."""

@@ -120,6 +120,40 @@ def test_a_takeover_of_more_than_is_held_is_refused():
     on_nodes(test, decoders("ab"))
 
 
+def test_copies_that_nobody_claims_are_kept_for_the_lease_only():
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a", "b")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        await nodes.kill("a")
+        pool = nodes.running["b"].server.ledger.pool
+        assert pool.free_blocks < pool.num_blocks
+        await eventually(lambda: pool.free_blocks == pool.num_blocks)
+        await request.release()
+
+    on_nodes(test, decoders("ab"), lease_s=1.0)
+
+
+def test_the_node_that_read_the_prompt_can_be_asked_for_a_copy_later():
+    expected = one_by_one(PROMPT, MAX_TOKENS)
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a")])
+        await nodes.running["reader"].joined.wait_for("KvSent", "r")
+        request.protect([Part(ALL, "a", "reader")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        watermark = request.watermark(request.parts[0])
+        await request.read_tokens(4)
+        await nodes.kill("a")
+        request.resume([Part(ALL, "reader")], tokens=watermark)
+        await request.read_tokens(MAX_TOKENS)
+        assert request.tokens == expected
+        await request.release()
+
+    on_nodes(test, decoders("a") | {"reader": {"phase": "decode"}})
+
+
 def test_many_answers_share_the_copies_stream():
     prompts = [random_prompt(tokens, seed=tokens) for tokens in (3, 31, 32, 50, 64, 65)]
     expected = [one_by_one(prompt, 60) for prompt in prompts]
