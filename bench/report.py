@@ -1,5 +1,6 @@
 """What every benchmark returns, and how it is shown: for people a table, for programs one JSON object."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -30,6 +31,11 @@ class Report:
     machine: Mapping[str, Any]
     results: Sequence[Mapping[str, Any]]
     targets: Sequence[Target]
+    notes: Sequence[str] = ()
+    """What a reader has to know beside the figures, a sentence each."""
+
+    def with_note(self, note: str) -> "Report":
+        return dataclasses.replace(self, notes=[*self.notes, note])
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), allow_nan=False)
@@ -37,6 +43,8 @@ class Report:
     def show(self, console: Console) -> None:
         console.print(", ".join(f"{key} {value}" for key, value in self.machine.items()), highlight=False)
         console.print(_results_table(self.name, self.results))
+        for note in self.notes:
+            console.print(note, highlight=False, markup=False)
         for target in self.targets:
             verdict = "[green]met" if target.met else "[red]missed"
             console.print(
@@ -70,8 +78,19 @@ def _results_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
     for key in results[0] if results else ():
         table.add_column(key.replace("_", " "), justify="right" if _is_number(results[0][key]) else "left")
     for result in results:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values()))
+        table.add_row(*map(_cell_text, result.values()))
     return table
+
+
+def _cell_text(value: object) -> str:
+    if value is None:
+        return ""
+    return _number_text(value) if isinstance(value, float) else str(value)
+
+
+def _number_text(value: float) -> str:
+    """Four digits, no exponent for what is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _is_number(value: object) -> bool:

@@ -1,21 +1,40 @@
 """Weights rounded to nearest, without calibration: the speed of an engine does not depend on their values."""
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
-from edgellm.engines.graph import Embed, Graph, Int4, Linear, WeightName
+from edgellm.engines.graph import Embed, Graph, Int4, Int8, Linear, Precision, WeightName
 from edgellm.engines.weights import FloatArray, Int4Weight, Int8Weight, Weight, WeightStore
 
 
-def rounded(graph: Graph, weights: WeightStore) -> dict[WeightName, Weight]:
-    """Weights in the forms that the graph's ops ask for, rounded to nearest."""
-    rounded: dict[WeightName, Weight] = dict(weights)
-    for op in graph.ops:
-        weight = rounded[op.weight] if isinstance(op, Embed | Linear) else None
-        if not isinstance(op, Embed | Linear) or not isinstance(weight, np.ndarray):
-            continue
-        is_int4 = isinstance(op.precision, Int4)
-        rounded[op.weight] = _int4(weight, op.precision) if is_int4 else _int8(weight)
-    return rounded
+class RoundedWeights(Mapping[WeightName, Weight]):
+    """Weights in the forms that a graph's ops ask for, each rounded when it is looked up."""
+
+    def __init__(self, graph: Graph, weights: WeightStore) -> None:
+        self._weights = weights
+        self._precisions = {op.weight: op.precision for op in graph.ops if isinstance(op, Embed | Linear)}
+
+    def __getitem__(self, name: WeightName) -> Weight:
+        weight = self._weights[name]
+        precision = self._precisions.get(name)
+        return _rounded(weight, precision) if isinstance(weight, np.ndarray) and precision is not None else weight
+
+    def __iter__(self) -> Iterator[WeightName]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _rounded(weight: FloatArray, precision: Precision) -> Weight:
+    match precision:
+        case Int4():
+            return _int4(weight, precision)
+        case Int8():
+            return _int8(weight)
+        case _:
+            return weight
 
 
 def _int4(weight: FloatArray, precision: Int4) -> Int4Weight:

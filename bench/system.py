@@ -1,5 +1,7 @@
 """The whole system: an orchestrator, a prefill node and a decode node, each a process, under 1, 4 and 16 clients.
 
+With `--peers`, requests arrive at random instead, and other servers are asked the same: see `serving/`. Without:
+
 Every cell of the table is `rounds` rounds of so many simultaneous requests with random prompts; TTFT and TPOT are what
 a client saw, over all its requests; tokens per second are those of a whole round, prompts included in its time.
 """
@@ -14,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.report import Report, Target, machine
+from bench.serving import comparison
 from edgellm.orchestrator.local_cluster import serve
 from edgellm.runtime.rpc import inference_pb2 as api
 from edgellm.runtime.rpc.inference_pb2_grpc import InferenceStub
@@ -57,10 +60,13 @@ class Cell:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path(".demo/smollm2-135m"), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="per cell, after one that does not count (%(default)s)")
+    comparison.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> Report:
     """Raises ClusterStartError, and grpc.RpcError if a request fails: then there is nothing to report."""
+    if options.peers:
+        return comparison.run(options)
     cells, differing = [], 0
     with serve(options.bundle) as cluster, cluster.client() as stub:
         for prompt_tokens in PROMPT_TOKENS:
