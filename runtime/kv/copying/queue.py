@@ -26,7 +26,7 @@ class CopyConfig:
     """Payload that may be unacknowledged."""
     max_lag_tokens: int = 64
     """A copy that is further behind must be catching up."""
-    patience_s: float = 1.0
+    patience_s: float = 2.0
     """Within which a copy too far behind must gain, refused rows be taken, and a message be answered."""
 
 
