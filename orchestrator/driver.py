@@ -2,40 +2,63 @@
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Literal, TypeAlias, assert_never, get_args
+from typing import TypeAlias, assert_never, get_args
 
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.core import Core
-from edgellm.orchestrator.core.events import Event, RequestEnded, RequestSubmitted, Tick
+from edgellm.orchestrator.core.events import Event, RequestsRecovered, RequestSubmitted, Tick
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering
-from edgellm.orchestrator.core.values import ConnectionId, NodeState, RequestId, RequestSpec, Role
+from edgellm.orchestrator.core.values import ConnectionId, NodeState, RecoveredRequest, RequestId, Role
+from edgellm.orchestrator.journal import Accepted, Emitted, Ended, Entry, Placed
+from edgellm.orchestrator.journal_writer import Journal
 from edgellm.orchestrator.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
 
+HISTORY = 50
+"""Things that happened to nodes and are remembered for `status`."""
+
 ClientEvent: TypeAlias = commands.AcceptRequest | commands.RejectRequest | commands.EmitToken | commands.FinishRequest
 NodeOutbox: TypeAlias = "asyncio.Queue[commands.NodeCommand]"
-ClientInbox: TypeAlias = "asyncio.Queue[ClientEvent]"
+ClientSink: TypeAlias = Callable[[ClientEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happening:
+    """Something that happened in the cluster, on the driver's clock."""
+
+    time_s: float
+    text: str
 
 
 class Driver:
-    """Owns the core. All methods must be called on one event loop; `post` never waits."""
+    """Owns the core. All methods must be called on one event loop; `post` never waits.
 
-    def __init__(self, core: Core, metrics: Metrics, clock: Callable[[], float]) -> None:
+    Where there is a journal, a client hears of nothing before it is in there. Nodes are told at once: what they do for
+    a request that the journal has not seen is undone after a restart.
+    """
+
+    def __init__(
+        self, core: Core, metrics: Metrics, clock: Callable[[], float], journal: Journal | None = None
+    ) -> None:
         self.core = core
         self.metrics = metrics
         self.clock = clock
         """Seconds, never backwards."""
+        self._journal = journal
         self._outboxes: dict[ConnectionId, NodeOutbox] = {}
-        self._inboxes: dict[RequestId, ClientInbox] = {}
+        self._sinks: dict[RequestId, ClientSink] = {}
         self._last_connection = 0
         self.changed = asyncio.Event()
         """Set, and replaced, whenever a node changes its state."""
+        self.history: deque[Happening] = deque(maxlen=HISTORY)
 
     def open_connection(self) -> tuple[ConnectionId, NodeOutbox]:
         """For a stream that is about to say hello: its id, and the commands it has to carry."""
@@ -49,25 +72,61 @@ class Driver:
         """Commands to this stream go nowhere from now on."""
         del self._outboxes[connection]
 
-    def submit(self, spec: RequestSpec) -> ClientInbox:
-        """Hand a request in. Its acceptance or rejection is in the inbox at once; a finish will be the last event."""
-        inbox: ClientInbox = asyncio.Queue()
-        if spec.request_id in self._inboxes:
+    def submit(self, accepted: Accepted, sink: ClientSink) -> None:
+        """Hand a request in. `sink` gets its acceptance or rejection first, and its finish last."""
+        spec = accepted.spec
+        if spec.request_id in self._sinks:
             message = f"request id {spec.request_id!r} is in use: choose another, or leave it empty"
-            inbox.put_nowait(commands.RejectRequest(request_id=spec.request_id, kind="duplicate", message=message))
-            return inbox
-        self._inboxes[spec.request_id] = inbox
-        self.post(RequestSubmitted(spec=spec))
-        return inbox
+            sink(commands.RejectRequest(request_id=spec.request_id, kind="duplicate", message=message))
+            return
+        self._sinks[spec.request_id] = sink
+        self._do(RequestSubmitted(spec=spec), (accepted,))
 
-    def end(self, spec: RequestSpec, inbox: ClientInbox, reason: Literal["cancelled", "stop"]) -> None:
-        """End the request behind `inbox`. Without effect if it has ended: its id may belong to another one by now."""
-        if self._inboxes.get(spec.request_id) is inbox:
-            self.post(RequestEnded(request_id=spec.request_id, reason=reason))
+    def recover(self, requests: Sequence[RecoveredRequest], sinks: Mapping[RequestId, ClientSink]) -> None:
+        """Go on with what an earlier orchestrator left; before anything else."""
+        self._sinks.update(sinks)
+        self.post(RequestsRecovered(requests=tuple(requests)))
 
     def post(self, event: Event) -> None:
+        self._do(event, ())
+
+    def _do(self, event: Event, entries: Sequence[Entry]) -> None:
+        to_clients = []
         for command in self.core.handle(self.clock(), event):
-            self._carry_out(command)
+            match command:
+                case (
+                    commands.AcceptRequest()
+                    | commands.EmitToken()
+                    | commands.FinishRequest()
+                    | commands.RejectRequest()
+                ):
+                    to_clients.append(command)
+                case _:
+                    self._carry_out(command)
+                    entries = (*entries, *_placement(command))
+        self._tell_clients(to_clients, entries)
+
+    def _tell_clients(self, events: Sequence[ClientEvent], entries: Sequence[Entry]) -> None:
+        rejected = any(isinstance(event, commands.RejectRequest) for event in events)
+        entries = [] if rejected else [*entries, *(entry for event in events for entry in _entry(event))]
+        if self._journal is None or not entries:
+            self._deliver(events)
+        else:
+            self._journal.record(entries, lambda: self._deliver(events))
+
+    def _deliver(self, events: Sequence[ClientEvent]) -> None:
+        for event in events:
+            match event:
+                case commands.RejectRequest():
+                    self.metrics.rejected.labels(event.kind).inc()
+                    self._sinks.pop(event.request_id)(event)
+                case commands.FinishRequest():
+                    self.metrics.observe_finished(event.reason, event.stats)
+                    self._sinks.pop(event.request_id)(event)
+                case commands.AcceptRequest() | commands.EmitToken():
+                    self._sinks[event.request_id](event)
+                case _:
+                    assert_never(event)
 
     async def run_ticks(self) -> None:
         """Let time go on, until cancelled."""
@@ -76,29 +135,8 @@ class Driver:
             self._refresh_gauges()
             await asyncio.sleep(TICK_S)
 
-    def _carry_out(self, command: commands.Command) -> None:
+    def _carry_out(self, command: commands.NodeCommand | commands.Note) -> None:
         match command:
-            case (
-                commands.WelcomeNode()
-                | commands.RefuseNode()
-                | commands.DropNode()
-                | commands.StartPrefill()
-                | commands.StartDecode()
-                | commands.HoldCopies()
-                | commands.ProtectAttempt()
-                | commands.ReleaseAttempt()
-            ):
-                outbox = self._outboxes.get(command.connection)
-                if outbox is not None:
-                    outbox.put_nowait(command)
-            case commands.AcceptRequest() | commands.EmitToken():
-                self._inboxes[command.request_id].put_nowait(command)
-            case commands.RejectRequest():
-                self.metrics.rejected.labels(command.kind).inc()
-                self._inboxes.pop(command.request_id).put_nowait(command)
-            case commands.FinishRequest():
-                self.metrics.observe_finished(command.reason, command.stats)
-                self._inboxes.pop(command.request_id).put_nowait(command)
             case commands.NoteRequest():
                 logger.info(
                     "request=%s epoch=%d state=%s %s", command.request_id, command.epoch, command.state, command.detail
@@ -108,10 +146,13 @@ class Driver:
             case commands.NoteTakeover():
                 self._note_takeover(command)
             case _:
-                assert_never(command)
+                outbox = self._outboxes.get(command.connection)
+                if outbox is not None:
+                    outbox.put_nowait(command)
 
     def _note_node(self, note: commands.NoteNode) -> None:
         logger.info("node=%s incarnation=%d state=%s %s", note.node_id, note.incarnation, note.state, note.detail)
+        self._remember(f"{note.node_id} #{note.incarnation} {note.state}: {note.detail}")
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -119,8 +160,14 @@ class Driver:
         logger.warning(
             "node=%s restored=%d begun_again=%d %s", note.node_id, note.restored, note.begun_again, note.detail
         )
+        self._remember(
+            f"without {note.node_id}: {note.restored} requests go on from copies, {note.begun_again} begin again"
+        )
         self.metrics.takeovers.labels("restored").inc(note.restored)
         self.metrics.takeovers.labels("begun again").inc(note.begun_again)
+
+    def _remember(self, text: str) -> None:
+        self.history.append(Happening(time_s=self.clock(), text=text))
 
     def request_counts(self) -> dict[str, int]:
         """Requests under way by state: queued, prefilling, decoding."""
@@ -141,3 +188,28 @@ class Driver:
         nodes = Counter((node.profile.role, node.state) for node in self.core.state.nodes)
         for role, node_state in product(get_args(Role), get_args(NodeState)):
             self.metrics.nodes.labels(role, node_state).set(nodes[role, node_state])
+
+
+def _placement(command: commands.NodeCommand | commands.Note) -> Sequence[Entry]:
+    if not isinstance(command, commands.StartDecode):
+        return ()
+    nodes = frozenset(stage.node_id for stage in command.stages)
+    return (Placed(request_id=command.attempt.request_id, nodes=nodes),)
+
+
+def _entry(event: ClientEvent) -> Sequence[Entry]:
+    match event:
+        case commands.EmitToken(request_id=request_id, token=token):
+            return (Emitted(request_id=request_id, token=token),)
+        case commands.FinishRequest():
+            return (
+                Ended(
+                    request_id=event.request_id,
+                    reason=event.reason,
+                    message=event.message,
+                    stats=event.stats,
+                    unix_s=time.time(),
+                ),
+            )
+        case _:
+            return ()

@@ -5,7 +5,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -22,6 +22,8 @@ from edgellm.orchestrator.core.pipelines import form_pipelines
 from edgellm.orchestrator.core.policy import Policy
 from edgellm.orchestrator.driver import Driver
 from edgellm.orchestrator.gateway import InferenceServicer
+from edgellm.orchestrator.journal import Written
+from edgellm.orchestrator.journal_writer import Journal
 from edgellm.orchestrator.metrics import Metrics
 from edgellm.orchestrator.tokenizer import load_tokenizer
 from edgellm.orchestrator.undecodable import RefuseUndecodable
@@ -69,10 +71,19 @@ def core_config(bundle: ServedBundle) -> CoreConfig:
 
 @contextlib.asynccontextmanager
 async def run_orchestrator(
-    bundle: ServedBundle, config: CoreConfig, policy: Policy, listen: str
+    bundle: ServedBundle,
+    config: CoreConfig,
+    policy: Policy,
+    listen: str,
+    *,
+    journal: Journal | None = None,
+    written: Iterable[Written] = (),
 ) -> AsyncIterator[Orchestrator]:
-    """Serve until the block is left. Raises ListenError if `listen` is taken, BundleError for a broken tokenizer."""
-    driver = Driver(Core(config, policy), Metrics(), time.monotonic)
+    """Serve until the block is left. `written` is what the journal already had: its requests go on.
+
+    Raises ListenError if `listen` is taken, BundleError for a broken tokenizer.
+    """
+    driver = Driver(Core(config, policy), Metrics(), time.monotonic, journal)
     reader = RequestReader(
         model=bundle.index.model,
         tokenizer=load_tokenizer(bundle.folder / "tokenizer"),
@@ -81,7 +92,9 @@ async def run_orchestrator(
     )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[RefuseUndecodable()])
     cluster_pb2_grpc.add_ClusterServicer_to_server(ClusterServicer(driver), server)
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(driver, bundle, reader), server)
+    inference = InferenceServicer(driver, bundle, reader)
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+    inference.answers.recover(written)
     set_status = _add_health_and_reflection(server)
     address = _listen(server, listen)
     await server.start()

@@ -11,6 +11,7 @@ from edgellm.orchestrator.core.values import (
     KvTarget,
     PrefillPath,
     RequestStats,
+    SampledToken,
     Sampling,
     StageAddress,
 )
@@ -149,6 +150,10 @@ def _target_to_proto(target: KvTarget) -> cluster_pb2.KvTarget:
         num_layers=target.layers.count,
         backup=target.backup,
     )
+
+
+def token_to_proto(token: SampledToken, text: str) -> inference_pb2.Token:
+    return inference_pb2.Token(index=token.index, token_id=token.token_id, text=text, logprob=token.logprob)
 
 
 def finished_to_proto(reason: FinishReason, message: str, stats: RequestStats, text: str) -> inference_pb2.Finished:

@@ -160,4 +160,5 @@ NodeCommand: TypeAlias = (
     WelcomeNode | RefuseNode | DropNode | StartPrefill | StartDecode | HoldCopies | ProtectAttempt | ReleaseAttempt
 )
 RequestCommand: TypeAlias = AcceptRequest | RejectRequest | EmitToken | FinishRequest
-Command: TypeAlias = NodeCommand | RequestCommand | NoteRequest | NoteNode | NoteTakeover
+Note: TypeAlias = NoteRequest | NoteNode | NoteTakeover
+Command: TypeAlias = NodeCommand | RequestCommand | Note

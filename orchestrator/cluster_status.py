@@ -1,0 +1,82 @@
+"""The cluster as `status` shows it: nodes, what each carries, how far its copies lag, and what happened last."""
+
+from collections.abc import Iterable, Iterator
+
+from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.pipelines import form_pipelines
+from edgellm.orchestrator.core.requests import Decoding, Request
+from edgellm.orchestrator.core.state import ClusterState
+from edgellm.orchestrator.core.values import ConnectionId, Layers
+from edgellm.orchestrator.driver import Driver
+from edgellm.runtime.rpc import inference_pb2
+
+
+def nodes_to_proto(state: ClusterState, now_s: float) -> list[inference_pb2.NodeStatus]:
+    return [_node_status(state, node, now_s) for node in state.nodes]
+
+
+def events_to_proto(driver: Driver) -> list[inference_pb2.ClusterEvent]:
+    now_s = driver.clock()
+    return [
+        inference_pb2.ClusterEvent(age_ms=1000 * (now_s - happening.time_s), text=happening.text)
+        for happening in driver.history
+    ]
+
+
+def copy_lag_tokens(state: ClusterState, source: ConnectionId) -> int:
+    """Tokens by which the copies of a node's KV lag, at most; copies that are being made count in full."""
+    return max((_lag(request, source) for request in state.requests.values()), default=0)
+
+
+def _lag(request: Request, source: ConnectionId) -> int:
+    copied = [copy.tokens for copy in request.copies if copy.source == source and copy.live]
+    decoding = isinstance(request.phase, Decoding) and request.phase.kv_complete
+    return max(0, request.kv_tokens - min(copied)) if decoding and copied else 0
+
+
+def _node_status(state: ClusterState, node: Node, now_s: float) -> inference_pb2.NodeStatus:
+    """Free blocks are what the node itself counts, so that a leak shows."""
+    profile, load = node.profile, node.load
+    return inference_pb2.NodeStatus(
+        node_id=profile.node_id,
+        incarnation=node.incarnation,
+        role="spare" if profile.spare else profile.role,
+        device_class=profile.device_class,
+        engines=[engine.name for engine in profile.engines],
+        address=profile.exchange_address,
+        state=node.state,
+        running=load.running,
+        waiting=load.waiting,
+        kv_blocks_total=profile.kv_blocks,
+        kv_blocks_free=load.kv_blocks_free,
+        rss_bytes=load.rss_bytes,
+        rss_shared_bytes=load.rss_shared_bytes,
+        steps=load.steps,
+        pid=profile.pid,
+        heartbeat_age_ms=1000 * (now_s - node.last_beat_s),
+        layers=", ".join(map(str, _joined(_carried(state, node)))),
+        copies=sum(_holds_copy(request, node) for request in state.requests.values()),
+        copy_lag_tokens=copy_lag_tokens(state, node.connection),
+    )
+
+
+def _holds_copy(request: Request, node: Node) -> bool:
+    return any(copy.holder == node.connection for copy in request.copies)
+
+
+def _carried(state: ClusterState, node: Node) -> Iterator[Layers]:
+    """For new requests, and for those under way."""
+    cut = state.config.cut
+    working = [request.phase.pipeline for request in state.requests.values() if isinstance(request.phase, Decoding)]
+    for pipeline in (*form_pipelines(state.nodes.carriers(cut), cut), *working):
+        yield from (stage.layers for stage in pipeline if stage.connection == node.connection)
+
+
+def _joined(ranges: Iterable[Layers]) -> list[Layers]:
+    """Neighbours as one range."""
+    joined: list[Layers] = []
+    for layers in sorted(set(ranges)):
+        if joined and joined[-1].end == layers.first:
+            layers = Layers(joined[-1].first, joined.pop().count + layers.count)
+        joined.append(layers)
+    return joined
