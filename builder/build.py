@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from edgellm.builder.backends import find_compiler
+from edgellm.builder.backends import Compiler, find_compiler
 from edgellm.builder.bundle_writer import require_target, write_bundle
 from edgellm.builder.checkpoint import open_checkpoint
 from edgellm.builder.compile import compile_planned, compile_whole
 from edgellm.builder.context import BuildContext
+from edgellm.builder.errors import expected
 from edgellm.builder.models import build_graph
 from edgellm.builder.options import BuildOptions
 from edgellm.builder.plan import BuildPlan, PlanInputs, make_plan
@@ -19,6 +20,7 @@ from edgellm.builder.verify import measure
 from edgellm.calib.recipe import Progress, kept_at_int8
 from edgellm.engines.bundle import SCHEMA_VERSION, Bundle, ModelInfo, Quality
 from edgellm.engines.kv import KvContract
+from edgellm.engines.spec import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ def build(options: BuildOptions, *, show_plan: Callable[[BuildPlan], None], prog
     require_target(options.output)
     context = _open(options, progress)
     planned = _plan(context)
+    _require_targets(context, planned)
     show_plan(planned)
     half = half_recipe(context)
     decode = decode_recipe(context, lambda: compile_whole(context, planned, "prefill", half))
@@ -57,7 +60,8 @@ def build(options: BuildOptions, *, show_plan: Callable[[BuildPlan], None], prog
 
 
 def _measure(context: BuildContext, planned: BuildPlan, half: Recipe, decode: Recipe) -> Quality:
-    """Of engines with all layers, also where the plan cuts the model into stages or ranks: they compute the same."""
+    """Of engines with all layers that run on this machine, also where the plan cuts the model into parts, or has
+    engines for other devices: they compute the same, or round the same weights."""
     return measure(
         context,
         prefill=compile_whole(context, planned, "prefill", half),
@@ -73,7 +77,10 @@ def _summary(sentences: Sequence[str]) -> tuple[str, ...]:
 
 
 def _open(options: BuildOptions, progress: Progress) -> BuildContext:
-    compiler = find_compiler(options.backend)
+    compilers: dict[Phase, Compiler] = {
+        "prefill": find_compiler(options.backend_prefill),
+        "decode": find_compiler(options.backend_decode),
+    }
     checkpoint = open_checkpoint(options.checkpoint)
     config = checkpoint.config
     return BuildContext(
@@ -84,7 +91,8 @@ def _open(options: BuildOptions, progress: Progress) -> BuildContext:
         contract=KvContract(
             num_layers=config.num_layers, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=options.kv_dtype
         ),
-        compiler=compiler,
+        compilers=compilers,
+        local=find_compiler("cpu"),
         cache=StepCache(options.cache_dir),
         progress=progress,
     )
@@ -98,8 +106,16 @@ def _plan(context: BuildContext) -> BuildPlan:
             decode_graph=decode_graph(context),
             contract=context.contract,
             max_seq_len=context.max_seq_len,
+            max_sequences={phase: compiler.max_sequences for phase, compiler in context.compilers.items()},
         )
     )
+
+
+def _require_targets(context: BuildContext, planned: BuildPlan) -> None:
+    """Raise BuildError for a device class that its backend cannot build for, before anything is computed."""
+    with expected(ValueError):
+        for engine in planned.engines:
+            context.compilers[engine.phase].compute_capability(engine.device_class)
 
 
 def _describe(context: BuildContext, planned: BuildPlan, quality: Quality | None) -> Bundle:
@@ -135,7 +151,8 @@ def _provenance(context: BuildContext) -> dict[str, str]:
     options = context.options
     tools = {name: version(name) for name in ("edgellm", "numpy", "torch", "nvidia-modelopt")}
     return tools | {
-        "backend": context.compiler.version,
+        "backend": " ".join(dict.fromkeys(compiler.version for compiler in context.compilers.values())),
+        "measured_with": context.local.version,
         "precision_decode": options.precision_decode,
         "calibration_text": calibration_source(context).description,
         **{f"quantize.{name}": str(value) for name, value in sorted(vars(options.quantize).items())},

@@ -1,6 +1,7 @@
 """The edgellm-build command."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,18 @@ from edgellm.builder import show
 from edgellm.builder.assignment import PlanError
 from edgellm.builder.build import build
 from edgellm.builder.checkpoint import CheckpointError
-from edgellm.builder.cluster import LOCAL_CLUSTER, ClusterError, read_cluster
-from edgellm.builder.errors import BuildError
+from edgellm.builder.cluster import LOCAL_CLUSTER, Cluster, ClusterError, cluster_of, read_cluster
+from edgellm.builder.errors import BuildError, expected
 from edgellm.builder.options import BuildOptions, DecodePrecision, KvDtype
 from edgellm.builder.partition import PartitionError
+from edgellm.builder.show_networks import read_manifests
 from edgellm.calib.recipe import GROUP_SIZES, QuantizeOptions
 from edgellm.engines.bundle import BundleError, engine_spec, open_bundle, verify_files
 
 _EXPECTED_ERRORS: Final = (BuildError, BundleError, CheckpointError, ClusterError, PartitionError, PlanError)
+_QUANTIZE: Final = {"cpu": QuantizeOptions(), "tensorrt": QuantizeOptions(act_bits=16, outliers=8)}
+"""By decode backend. TensorRT leaves activations in half precision, so that outlier channels help less there, and each
+costs a half-precision column of the weights."""
 _KV_DTYPES: Final[Mapping[str, KvDtype]] = {"half": "fp16", "int8": "int8"}
 
 
@@ -59,10 +64,12 @@ def _inspect(parsed: argparse.Namespace) -> None:
     engines = [engine_spec(parsed.bundle, name) for name in bundle.engines]
     for spec in engines:
         verify_files(parsed.bundle / spec.name, spec.files)
+    with expected(ValueError):
+        manifests = read_manifests(parsed.bundle, engines)
     if parsed.json:
-        print(show.bundle_json(parsed.bundle, bundle, engines))
+        print(show.bundle_json(parsed.bundle, bundle, engines, manifests))
     else:
-        Console().print(*show.bundle_renderables(parsed.bundle, bundle, engines), sep="\n")
+        Console().print(*show.bundle_renderables(parsed.bundle, bundle, engines, manifests), sep="\n")
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
@@ -88,7 +95,13 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH|HUB_ID", help="model folder, .gguf file or hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the bundle to write")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="cluster.toml (default: this machine alone)")
-    parser.add_argument("--backend", default="cpu", choices=("cpu", "tensorrt"), help="default: %(default)s")
+    for phase in ("", "-prefill", "-decode"):
+        whose = f"of {phase[1:]} engines (default: --backend, --target)" if phase else "of all engines"
+        default = "" if phase else " (default: cpu)"
+        parser.add_argument(f"--backend{phase}", choices=("cpu", "tensorrt"), help=f"compiler {whose}{default}")
+        parser.add_argument(
+            f"--target{phase}", metavar="CLASS[,CLASS]", help=f"device classes {whose}, instead of --cluster"
+        )
     parser.add_argument(
         "--calib-data",
         type=Path,
@@ -101,7 +114,6 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_precision(parser: argparse.ArgumentParser) -> None:
-    default = QuantizeOptions()
     parser.add_argument("--precision-prefill", default="half", choices=("half",), help="default: %(default)s")
     parser.add_argument(
         "--precision-decode", default="int4", choices=get_args(DecodePrecision), help="default: %(default)s"
@@ -109,19 +121,21 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size",
         type=int,
-        default=default.group_size,
         metavar="N",
         help=f"input channels per scale, one of {GROUP_SIZES} (default: the largest that fits)",
     )
     parser.add_argument(
-        "--act-bits", type=int, default=default.act_bits, metavar="N", help="4, 8 or 16 (default: %(default)s)"
+        "--act-bits",
+        type=int,
+        metavar="N",
+        help=f"4, 8 or 16 (default: {_QUANTIZE['cpu'].act_bits}, tensorrt {_QUANTIZE['tensorrt'].act_bits})",
     )
     parser.add_argument(
         "--outliers",
         type=int,
-        default=default.outliers,
         metavar="N",
-        help="input channels kept in half precision, an even number (default: %(default)s)",
+        help="input channels kept in half precision, an even number "
+        f"(default: {_QUANTIZE['cpu'].outliers}, tensorrt {_QUANTIZE['tensorrt'].outliers})",
     )
     parser.add_argument("--kv-dtype", default="half", choices=tuple(_KV_DTYPES), help="default: %(default)s")
     parser.add_argument(
@@ -150,16 +164,22 @@ def default_cache_dir() -> Path:
 def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[BuildOptions, bool]:
     """The options, and whether to print JSON. Exits with status 2 for values that make no sense."""
     parsed = parser.parse_args(arguments)
+    backend_prefill, backend_decode = (
+        chosen or parsed.backend or "cpu" for chosen in (parsed.backend_prefill, parsed.backend_decode)
+    )
+    asked = {name: getattr(parsed, name) for name in ("group_size", "act_bits", "outliers")}
     try:
-        quantize = QuantizeOptions(group_size=parsed.group_size, act_bits=parsed.act_bits, outliers=parsed.outliers)
+        given = {name: value for name, value in asked.items() if value is not None}
+        quantize = dataclasses.replace(_QUANTIZE[backend_decode], **given)
     except ValueError as error:
         parser.error(str(error))
     options = BuildOptions(
         checkpoint=parsed.checkpoint,
         output=parsed.output,
         cache_dir=parsed.cache_dir,
-        cluster=LOCAL_CLUSTER if parsed.cluster is None else read_cluster(parsed.cluster),
-        backend=parsed.backend,
+        cluster=_cluster(parser, parsed),
+        backend_prefill=backend_prefill,
+        backend_decode=backend_decode,
         precision_decode=parsed.precision_decode,
         quantize=quantize,
         kv_dtype=_KV_DTYPES[parsed.kv_dtype],
@@ -169,6 +189,20 @@ def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple
         verify=not parsed.no_verify,
     )
     return options, parsed.json
+
+
+def _cluster(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Cluster:
+    """From the file, from targets, or this machine."""
+    prefill, decode = parsed.target_prefill or parsed.target, parsed.target_decode or parsed.target
+    if parsed.cluster is not None:
+        if prefill or decode:
+            parser.error("--target names the devices that --cluster describes; give one of them")
+        return read_cluster(parsed.cluster)
+    if not prefill and not decode:
+        return LOCAL_CLUSTER
+    if not prefill or not decode:
+        parser.error("both phases need a device: give --target, or both --target-prefill and --target-decode")
+    return cluster_of(prefill.split(","), decode.split(","))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """cluster.toml: which devices there are, what they can do, and which phase each one serves.
 
     [devices.nx0]
-    class = "orin-nx-16gb"        # a profile: cpu-local, orin-nx-16gb, orin-nx-8gb, orin-nano-8gb, orin-nano-4gb
+    class = "orin-nx-16gb"        # a profile; `edgellm-profile` lists them, and an unknown one is answered with all
     watts = 40                    # optional: one of the profile's power modes
     memory_gib = 16               # optional, as the two below: what differs from the profile
     bandwidth_gb_s = 102
@@ -146,6 +146,21 @@ def _power_mode(name: str, profile: DeviceProfile, watts: int | None) -> PowerMo
             return mode
     known = ", ".join(str(mode.watts) for mode in profile.modes if mode.watts) or "none"
     raise ClusterError(f"device {name!r} has watts = {watts}; the power modes of {profile.device_class} are {known}")
+
+
+def cluster_of(prefill: Sequence[str], decode: Sequence[str]) -> Cluster:
+    """Devices of these classes in the two pools; one class alone in both is one device that serves both phases.
+
+    Raises ClusterError for a class that is not known.
+    """
+    if list(prefill) == list(decode) and len(prefill) == 1:
+        both = (_resolve("local", _DeviceEntry(device_class=prefill[0])),)
+        return Cluster(prefill=both, decode=both)
+    pools = {
+        role: tuple(_resolve(f"{role}{index}", _DeviceEntry(device_class=name)) for index, name in enumerate(names))
+        for role, names in (("prefill", prefill), ("decode", decode))
+    }
+    return Cluster(prefill=pools["prefill"], decode=pools["decode"])
 
 
 _LOCAL: Final = _resolve("local", _DeviceEntry(device_class=CPU_LOCAL.device_class))

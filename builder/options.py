@@ -25,7 +25,8 @@ class BuildOptions:
     cache_dir: Path
     """Where finished steps are kept between builds."""
     cluster: Cluster = LOCAL_CLUSTER
-    backend: str = "cpu"
+    backend_prefill: str = "cpu"
+    backend_decode: str = "cpu"
     precision_decode: DecodePrecision = "int4"
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     kv_dtype: KvDtype = "fp16"

@@ -9,7 +9,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +26,6 @@ from edgellm.engines.spec import EngineLimits, Phase
 PREFILL_ROWS: Final = 512
 DECODE_ROWS: Final = 256
 """More than the sequences of a step, for catching up after a takeover and for prompts prefilled locally."""
-MAX_SEQUENCES: Final = 64
 TAKEOVER_ENGINE: Final = "decode-pp0of1"
 
 
@@ -39,6 +38,8 @@ class PlanInputs:
     decode_graph: Graph
     contract: KvContract
     max_seq_len: int
+    max_sequences: Mapping[Phase, int]
+    """In one step, as the backend of each phase allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def _assign(
 
 def _limits(inputs: PlanInputs, phase: Phase) -> EngineLimits:
     rows = PREFILL_ROWS if phase == "prefill" else DECODE_ROWS
-    return EngineLimits(max_rows=rows, max_sequences=MAX_SEQUENCES, max_seq_len=inputs.max_seq_len)
+    return EngineLimits(max_rows=rows, max_sequences=inputs.max_sequences[phase], max_seq_len=inputs.max_seq_len)
 
 
 def _min_kv_blocks(inputs: PlanInputs) -> int:

@@ -1,7 +1,7 @@
 """What edgellm-build prints: the plan, progress, and a finished bundle, for people or as JSON."""
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from edgellm.builder.build import BuildReport
+from edgellm.builder.show_networks import network_tables
 from edgellm.engines.bundle import Bundle, Plan, Quality, bundle_sha256
 from edgellm.engines.spec import EngineSpec
+from edgellm.engines.tensorrt.manifest import EngineManifest
 
 _MIB = 1 << 20
 
@@ -117,11 +119,14 @@ def quality_table(quality: Quality) -> Table:
     return table
 
 
-def bundle_renderables(path: Path, bundle: Bundle, engines: Sequence[EngineSpec]) -> Iterator[RenderableType]:
-    """A whole bundle."""
+def bundle_renderables(
+    path: Path, bundle: Bundle, engines: Sequence[EngineSpec], manifests: Mapping[str, EngineManifest]
+) -> Iterator[RenderableType]:
+    """A whole bundle; `manifests` of its TensorRT engines."""
     yield f"{bundle.model.id} ({bundle.model.architecture}), bundle {bundle_sha256(path)[:12]} at {path}"
     yield f"KV: {bundle.kv.dtype}, {bundle.kv.bytes_per_token:,} bytes per token, contract {bundle.kv.sha256[:12]}"
     yield engine_table(engines)
+    yield from network_tables(engines, manifests)
     yield plan_table(bundle.plan)
     if bundle.quality is not None:
         yield quality_table(bundle.quality)
@@ -147,9 +152,11 @@ def report_json(path: Path, report: BuildReport) -> str:
     )
 
 
-def bundle_json(path: Path, bundle: Bundle, engines: Sequence[EngineSpec]) -> str:
+def bundle_json(
+    path: Path, bundle: Bundle, engines: Sequence[EngineSpec], manifests: Mapping[str, EngineManifest]
+) -> str:
     """One JSON object: the bundle and its engines."""
-    return _json(path, bundle, engine_specs=engines)
+    return _json(path, bundle, engine_specs=engines, networks=manifests)
 
 
 def _json(path: Path, bundle: Bundle, **more: object) -> str:

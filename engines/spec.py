@@ -50,3 +50,5 @@ class EngineSpec:
     vocab_size: int
     limits: EngineLimits
     files: tuple[EngineFile, ...]
+    compute_capability: str | None = None
+    """Of the GPU that the code was made for, such as `8.7`; None where no GPU is needed."""

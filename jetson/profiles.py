@@ -90,6 +90,22 @@ CPU_LOCAL: Final = DeviceProfile(
 )
 """A fixed budget, not what is free at the moment, so that a build does not depend on what else is running."""
 
+
+def _discrete(device_class: str, description: str, memory_gib: int, mode: PowerMode) -> DeviceProfile:
+    """One card in an ordinary machine; the processor's memory is not counted."""
+    return DeviceProfile(
+        device_class=device_class,
+        description=description,
+        memory_bytes=memory_gib * GIB,
+        reserved_bytes=GIB,
+        modes=(mode,),
+        link_gb_s=GIGABIT_ETHERNET_GB_S,
+        link_latency_ms=0.4,
+        compute_efficiency=0.6,
+        bandwidth_efficiency=0.6,
+    )
+
+
 PROFILES: Final = {
     profile.device_class: profile
     for profile in (
@@ -121,6 +137,18 @@ PROFILES: Final = {
             4,
             _mode(10, 625, 4, 34.0),
             _mode(25, 1020, 4, 51.0),
+        ),
+        _discrete(
+            "sm86",
+            "an Ampere card such as the GeForce RTX 3060 12GB",
+            12,
+            PowerMode(watts=170, gpu_clock_mhz=1777, half_tflops=25.4, memory_bandwidth_gb_s=360.0),
+        ),
+        _discrete(
+            "sm89",
+            "an Ada card such as the GeForce RTX 4060",
+            8,
+            PowerMode(watts=115, gpu_clock_mhz=2460, half_tflops=30.2, memory_bandwidth_gb_s=272.0),
         ),
     )
 }

@@ -1,6 +1,6 @@
 """Graph and weights -> one `.engine` file per network, and `network.json`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -15,8 +15,8 @@ from edgellm.engines.tensorrt.network import emit, segments_of
 from edgellm.engines.tensorrt.targets import capability_text
 from edgellm.engines.weights import WeightStore
 
-MAX_SEQUENCES: Final[Mapping[Phase, int]] = {"prefill": 4, "decode": 8}
-"""Slots of an engine: every slot has a cache of full length, whether it is used or not."""
+MAX_SEQUENCES: Final = 8
+"""In one step. Every slot has a cache of full length on the device, whether it is used or not."""
 MAX_SELECTED: Final = 64
 """Logits of one prefill pass; a step that wants more takes several."""
 TIMING_CACHE: Final = "timing.cache"

@@ -34,8 +34,8 @@ def capability_text(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def set_target(api: Api, config: Any, device_class: str) -> tuple[int, int]:
-    """Make a builder config build for a device class; return the compute capability that it builds for.
+def build_capability(api: Api, device_class: str) -> tuple[int, int]:
+    """The compute capability that the module builds for when it is to run on a device class.
 
     RTX builds for named capabilities. One that it does not name gets the code of the highest named one of its major
     version below it, which such a device can run (CUDA: binaries of one major version run on later minors). `tensorrt`
@@ -49,7 +49,14 @@ def set_target(api: Api, config: Any, device_class: str) -> tuple[int, int]:
     if not usable:
         names = ", ".join(f"sm{major}{minor}" for major, minor in known)
         raise TensorRtError(f"{api.version} cannot build for {device_class}; it builds for {names}")
-    major, minor = usable[-1]
+    return usable[-1]
+
+
+def set_target(api: Api, config: Any, device_class: str) -> tuple[int, int]:
+    """Make a builder config build for a device class; return `build_capability`."""
+    major, minor = build_capability(api, device_class)
+    if not hasattr(api.trt, "ComputeCapability"):
+        return major, minor
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(getattr(api.trt.ComputeCapability, f"SM{major}{minor}"), 0):
         raise TensorRtError(f"{api.version} refused the target sm{major}{minor}; its log says why")

@@ -56,12 +56,30 @@ def test_checkpoint_and_output_are_required(capsys: pytest.CaptureFixture[str]) 
     assert "--checkpoint, --output" in capsys.readouterr().err
 
 
-def test_a_backend_that_is_not_there_yet(
+def test_a_backend_whose_device_is_not_there(
     stories260k: Path, options: list[str | Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """This machine has no GPU that it would plan for; without NVIDIA's module the refusal is another, as clear."""
     message = refuse("--checkpoint", stories260k, *options, "--backend", "tensorrt", capsys=capsys)
-    assert "backend 'tensorrt' is not part of this version of EdgeLLM" in message
-    assert "--backend cpu" in message
+    assert "'cpu-local' has no GPU that TensorRT knows" in message or "no TensorRT here" in message
+
+
+def test_targets_beside_a_cluster_file(stories260k: Path, options: list[str | Path], tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    given = ["--checkpoint", stories260k, *options, "--cluster", cluster, "--target", "sm86"]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(argument) for argument in given])
+
+
+def test_a_target_for_one_phase_only(stories260k: Path, options: list[str | Path]) -> None:
+    given = ["--checkpoint", stories260k, *options, "--target-decode", "sm86"]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(argument) for argument in given])
+
+
+def test_an_unknown_target(stories260k: Path, options: list[str | Path], capsys: pytest.CaptureFixture[str]) -> None:
+    message = refuse("--checkpoint", stories260k, *options, "--target", "toaster", capsys=capsys)
+    assert "'toaster'; the known classes are" in message
 
 
 @pytest.mark.parametrize("length", ["513", "16", "0", "-1"])

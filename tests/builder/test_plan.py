@@ -51,6 +51,7 @@ def inputs(cluster: Cluster, *, max_seq_len: int = 1024, **shape: int) -> PlanIn
         decode_graph=quantized_graph(graph, QuantizeOptions(outliers=16)),
         contract=KvContract(num_layers=config.num_layers, kv_heads=config.kv_heads, head_dim=config.head_dim),
         max_seq_len=max_seq_len,
+        max_sequences={"prefill": 64, "decode": 64},
     )
 
 
