@@ -308,7 +308,7 @@ class Node:
 
     def copy_lost(self, attempt: Attempt, holder: NodeId, layers: range, message: str) -> None:
         """A copy is not kept up any more; the request goes on without."""
-        _log.warning("copy lost %s holder=%s message=%s", attempt, holder, message)
+        _log.info("copy lost %s holder=%s message=%s", attempt, holder, message)
         first_layer, num_layers = layers.start, len(layers)
         self._emit(
             CopyLost(attempt=attempt, holder=holder, first_layer=first_layer, num_layers=num_layers, message=message)

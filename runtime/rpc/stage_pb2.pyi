@@ -31,11 +31,14 @@ class StageStep(_message.Message):
     SEGMENTS_FIELD_NUMBER: _builtins.int
     INLINE_HIDDEN_FIELD_NUMBER: _builtins.int
     SHM_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
     """Chosen by the sender, unique on the stream."""
     stage: _builtins.int
     """Layers to run now: index into `stages` of the segments' Decode commands."""
     inline_hidden: _builtins.bytes
+    checksum: _builtins.int
+    """crc32 of the hidden states: a wrong one would change tokens and nothing else."""
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSegment]: ...
     @_builtins.property
@@ -48,10 +51,11 @@ class StageStep(_message.Message):
         segments: _abc.Iterable[Global___StageSegment] | None = ...,
         inline_hidden: _builtins.bytes = ...,
         shm: _kv_pb2.ShmSpan | None = ...,
+        checksum: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "inline_hidden", b"inline_hidden", "shm", b"shm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "inline_hidden", b"inline_hidden", "segments", b"segments", "shm", b"shm", "stage", b"stage", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "hidden", b"hidden", "inline_hidden", b"inline_hidden", "segments", b"segments", "shm", b"shm", "stage", b"stage", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_hidden: _TypeAlias = _typing.Literal["inline_hidden", "shm"]  # noqa: Y015
     _WhichOneofArgType_hidden: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015

@@ -1,5 +1,7 @@
 """Between protobuf messages and steps between stages."""
 
+import zlib
+
 import numpy as np
 
 from edgellm.runtime.rpc import stage_pb2
@@ -10,6 +12,7 @@ _HALF = np.dtype("<f2")
 
 
 def step_to_proto(step: StageStep) -> stage_pb2.StageStep:
+    hidden = step.hidden.astype(_HALF, copy=False).tobytes()
     return stage_pb2.StageStep(
         step_id=step.step_id,
         stage=step.stage,
@@ -22,12 +25,13 @@ def step_to_proto(step: StageStep) -> stage_pb2.StageStep:
             )
             for segment in step.segments
         ],
-        inline_hidden=step.hidden.astype(_HALF, copy=False).tobytes(),
+        inline_hidden=hidden,
+        checksum=zlib.crc32(hidden),
     )
 
 
 def step_from_proto(step: stage_pb2.StageStep) -> StageStep:
-    """Raises ValueError for a step whose hidden states do not fit its segments."""
+    """Raises ValueError for a step whose hidden states do not fit its segments, or arrived damaged."""
     segments = tuple(
         StageSegment(
             attempt=attempt_from_proto(segment.attempt),
@@ -40,6 +44,8 @@ def step_from_proto(step: stage_pb2.StageStep) -> StageStep:
     rows = sum(segment.rows for segment in segments)
     if not rows or step.WhichOneof("hidden") != "inline_hidden" or len(step.inline_hidden) % (2 * rows):
         raise ValueError(f"a step of {rows} rows came with {len(step.inline_hidden)} bytes of hidden states")
+    if zlib.crc32(step.inline_hidden) != step.checksum:
+        raise ValueError(f"checksum of the hidden states of step {step.step_id} is wrong")
     hidden = np.frombuffer(step.inline_hidden, _HALF).reshape(rows, -1)
     return StageStep(step_id=step.step_id, stage=step.stage, segments=segments, hidden=hidden)
 

@@ -34,23 +34,28 @@ class Nodes:
 
     orchestrator: Orchestrator
     running: dict[str, Running] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
+    """Where others are told to find a node, if not where it listens."""
 
     async def kill(self, name: str) -> None:
         gone = self.running.pop(name)
         gone.task.cancel()
         await asyncio.gather(gone.task, return_exceptions=True)
 
+    def address(self, name: str) -> str:
+        return self.addresses.get(name, self.running[name].joined.hello.exchange_address)
+
     def target(self, name: str, layers: range, *, backup: bool) -> cluster_pb2.KvTarget:
         hello = self.running[name].joined.hello
         return cluster_pb2.KvTarget(
-            node_id=name, address=hello.exchange_address, host_id=hello.host_id, first_layer=layers.start,
+            node_id=name, address=self.address(name), host_id=hello.host_id, first_layer=layers.start,
             num_layers=len(layers), backup=backup,
         )  # fmt: skip
 
     def stage(self, part: Part) -> cluster_pb2.Stage:
         hello = self.running[part.carrier].joined.hello
         return cluster_pb2.Stage(
-            node_id=part.carrier, address=hello.exchange_address, host_id=hello.host_id,
+            node_id=part.carrier, address=self.address(part.carrier), host_id=hello.host_id,
             first_layer=part.layers.start, num_layers=len(part.layers),
         )  # fmt: skip
 
