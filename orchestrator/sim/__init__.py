@@ -1,1 +1,1 @@
-"""The cluster in simulated time: the live core and the nodes' own batchers over modelled devices and links."""
+"""The whole cluster in simulated time: every process as it is, over a simulated clock, network and devices."""

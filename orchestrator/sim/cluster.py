@@ -1,30 +1,10 @@
-"""Clusters and workloads to simulate."""
-
-import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-import msgspec
+"""What the core is told of nodes that nobody runs."""
 
 from edgellm.orchestrator.core.config import CoreConfig
-from edgellm.orchestrator.core.values import (
-    EngineProfile,
-    Generation,
-    NodeId,
-    NodeProfile,
-    RequestId,
-    RequestSpec,
-    Role,
-    Sampling,
-)
+from edgellm.orchestrator.core.values import EngineProfile, NodeId, NodeProfile, Role
 
 BUNDLE, CONTRACT = "simulated-bundle", "simulated-contract"
 LAYERS = 4
-
-
-class TraceError(ValueError):
-    """A trace file cannot be read; the message says where."""
 
 
 def simulated_config(**bounds: float) -> CoreConfig:
@@ -70,46 +50,3 @@ def _engine(phase: Role) -> EngineProfile:
         max_sequences=64,
         max_seq_len=8192,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrival:
-    """One line of a workload."""
-
-    arrival_s: float
-    prompt_tokens: int
-    max_tokens: int
-
-
-def poisson(rng: random.Random, rate: float, count: int, prompt_tokens: int, max_tokens: int) -> Iterator[Arrival]:
-    """`count` arrivals at `rate` per second."""
-    time_s = 0.0
-    for _ in range(count):
-        time_s += rng.expovariate(rate)
-        yield Arrival(arrival_s=time_s, prompt_tokens=prompt_tokens, max_tokens=max_tokens)
-
-
-def read_trace(path: Path) -> list[Arrival]:
-    """One JSON object per line with the fields of Arrival. Raises TraceError."""
-    arrivals = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            arrivals.append(msgspec.json.decode(line, type=Arrival))
-        except msgspec.DecodeError as error:
-            raise TraceError(f"{path}, line {number}: {error}") from error
-    return arrivals
-
-
-def requests(rng: random.Random, arrivals: Iterable[Arrival]) -> Iterator[tuple[float, RequestSpec]]:
-    """Arrival times and requests with random prompts."""
-    for number, arrival in enumerate(arrivals):
-        spec = RequestSpec(
-            request_id=RequestId(f"r{number}"),
-            prompt=tuple(rng.randrange(1 << 15) for _ in range(arrival.prompt_tokens)),
-            generation=Generation(max_tokens=arrival.max_tokens, sampling=Sampling(seed=number)),
-        )
-        yield arrival.arrival_s, spec

@@ -1,12 +1,10 @@
 """How long a step takes on a device, and KV on a link."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
+from edgellm.engines.spec import Phase
 from edgellm.jetson.profiles import PROFILES
-from edgellm.runtime.batching.steps import Step
-
-LaneName: TypeAlias = Literal["half", "degraded", "decode"]
+from edgellm.orchestrator.sim.network import LinkModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +15,12 @@ class ModelCost:
     int4_bytes: float = 0.64e9
     """Weights a decode step reads."""
     kv_bytes_per_token: int = 45_056
+    hidden_size: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceModel:
-    """Linear step times: reading is bound by arithmetic, decoding by memory."""
+    """Linear step times of a whole model: reading is bound by arithmetic, decoding by memory."""
 
     read_token_s: float
     """Half precision, per prompt token."""
@@ -30,22 +29,12 @@ class DeviceModel:
     row_s: float
     """Each further row of a decode step."""
     overhead_s: float = 0.0005
+    """Of every step, also one of few layers."""
 
-    def seconds(self, lane: LaneName, step: Step) -> float:
-        if lane == "decode":
-            return self.overhead_s + self.step_s + self.row_s * (step.rows - 1)
-        return self.overhead_s + self.read_token_s * step.rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkModel:
-    """The first byte after `latency_s`, then `bytes_per_s`."""
-
-    latency_s: float
-    bytes_per_s: float
-
-    def seconds(self, payload_bytes: float) -> float:
-        return self.latency_s + payload_bytes / self.bytes_per_s
+    def seconds(self, phase: Phase, rows: int, share: float) -> float:
+        """A step of `rows` rows through this share of the layers."""
+        whole_s = self.read_token_s * rows if phase == "prefill" else self.step_s + self.row_s * (rows - 1)
+        return self.overhead_s + share * whole_s
 
 
 def device_model(device_class: str, cost: ModelCost) -> DeviceModel:

@@ -3,29 +3,35 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from edgellm.orchestrator.core.core import Core
+import msgspec
+
+from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.core.policy import Policy
-from edgellm.orchestrator.core.values import Generation, NodeId, NodeProfile, RequestId, RequestSpec, Sampling
-from edgellm.orchestrator.sim.cluster import simulated_config, simulated_profile
-from edgellm.orchestrator.sim.device import DeviceModel, LinkModel
-from edgellm.orchestrator.sim.faults import (
-    Cancellation,
-    Fault,
-    draw_faults,
-    schedule_cancellation,
-    schedule_fault,
-)
+from edgellm.orchestrator.sim.clients import Ask
+from edgellm.orchestrator.sim.device import DeviceModel
+from edgellm.orchestrator.sim.faults import Fault, draw_faults, schedule_fault
+from edgellm.orchestrator.sim.machines import NodePlan, toy_bundle
+from edgellm.orchestrator.sim.network import LinkModel
+from edgellm.orchestrator.sim.story import Story
 from edgellm.orchestrator.sim.toy import VOCAB
-from edgellm.orchestrator.sim.world import World
+from edgellm.orchestrator.sim.world import World, simulated_world
 
-HORIZON_S = 2.0
+HORIZON_S = 1.5
 """Requests arrive and faults begin in this time."""
 LONGEST_S = 60.0
-"""By then everything must have ended: faults are over after 5 s, and no single wait is longer than 5 s."""
-LINK = LinkModel(latency_s=0.001, bytes_per_s=1e7)
-STORY_LINES = 40
+"""By then everything must have ended: faults are over after 4 s, and no single wait is longer than 10 s."""
+LINK = LinkModel(latency_s=0.001, bytes_per_s=2e6)
+STORY_LINES = 60
+_PREFILL = DeviceModel(read_token_s=0.0005, step_s=0.01, row_s=0.001)
+_DECODE = replace(_PREFILL, read_token_s=0.001)
+_PREFILL_NODE = NodePlan(name="", engine="prefill-tp0of1", device=_PREFILL, kv_blocks=0)
+_DECODE_NODE = NodePlan(name="", engine="", device=_DECODE, kv_blocks=0)
 _BOUNDS = {
+    "hot_copies": True,
     "dead_after_s": 1.0,
     "release_timeout_s": 5.0,
     "attempt_timeout_s": 5.0,
@@ -39,109 +45,107 @@ class Scenario:
     """Everything a run depends on."""
 
     seed: int
-    prefill_nodes: int
-    decode_nodes: int
-    half_engines: bool
-    """Whether decode nodes can read prompts in half precision."""
-    kv_blocks: int
-    requests: tuple[tuple[float, RequestSpec], ...]
-    cancellations: tuple[Cancellation, ...]
+    stages: int
+    nodes: tuple[NodePlan, ...]
+    asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
+
+
+class ScenarioError(ValueError):
+    """A scenario file cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A seed that broke an invariant."""
+    """A scenario that broke an invariant."""
 
     scenario: Scenario
     error: str
-    story: tuple[str, ...]
 
 
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    prefill_nodes, decode_nodes = rng.randint(1, 2), rng.randint(1, 3)
-    requests = tuple(_draw_request(rng, number) for number in range(rng.randint(3, 20)))
-    names = [NodeId(f"p{i}") for i in range(prefill_nodes)] + [NodeId(f"d{i}") for i in range(decode_nodes)]
-    cancelled = rng.sample(requests, rng.randint(0, len(requests) // 3))
-    return Scenario(
-        seed=seed,
-        prefill_nodes=prefill_nodes,
-        decode_nodes=decode_nodes,
-        half_engines=rng.random() < 0.7,
-        kv_blocks=rng.choice((12, 24, 64)),
-        requests=requests,
-        cancellations=tuple(
-            Cancellation(request_id=spec.request_id, at_s=at_s + rng.expovariate(5)) for at_s, spec in cancelled
-        ),
-        faults=tuple(draw_faults(rng, names, HORIZON_S, most=6)),
+    stages = rng.choice((1, 1, 2, 3))
+    nodes = _draw_nodes(rng, stages)
+    asks = tuple(_draw_ask(rng, number) for number in range(rng.randint(3, 12)))
+    faults = draw_faults(rng, [node.name for node in nodes], HORIZON_S, most=6)
+    return Scenario(seed=seed, stages=stages, nodes=nodes, asks=asks, faults=tuple(faults))
+
+
+def _draw_nodes(rng: random.Random, stages: int) -> tuple[NodePlan, ...]:
+    """Prefill nodes, one or two pipelines, and spares."""
+    half, kv_blocks = rng.random() < 0.7, rng.choice((24, 48, 96))
+    prefill = [_PREFILL_NODE] * rng.randint(1, 2)
+    decode = [replace(_DECODE_NODE, engine=f"decode-pp{stage}of{stages}", half=half) for stage in range(stages)]
+    decode *= rng.randint(1, 3) if stages == 1 else rng.choice((1, 1, 2))
+    spares = [replace(decode[0], spare=True)] * rng.choice((0, 0, 1, 2))
+    groups = (("p", prefill), ("d", decode), ("s", spares))
+    return tuple(
+        replace(plan, name=f"{letter}{number}", kv_blocks=kv_blocks)
+        for letter, plans in groups
+        for number, plan in enumerate(plans)
     )
 
 
-def _draw_request(rng: random.Random, number: int) -> tuple[float, RequestSpec]:
-    arrival_s = rng.uniform(0.0, HORIZON_S)
-    spec = RequestSpec(
-        request_id=RequestId(f"r{number}"),
-        prompt=tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 200))),
-        generation=Generation(
-            max_tokens=rng.randint(1, 60),
-            sampling=Sampling(seed=number),
-            stop_token_ids=(rng.randrange(VOCAB),) if rng.random() < 0.3 else (),
-        ),
-        deadline_s=arrival_s + rng.uniform(0.1, 3.0) if rng.random() < 0.2 else None,
-        allow_degraded_prefill=rng.random() < 0.3,
+def _draw_ask(rng: random.Random, number: int) -> Ask:
+    at_s = rng.uniform(0.1, HORIZON_S)
+    return Ask(
+        name=f"r{number}",
+        at_s=at_s,
+        prompt_tokens=rng.randint(1, 200),
+        max_tokens=rng.randint(1, rng.choice((10, 40))),
+        temperature=rng.choice((0.0, 1.0)),
+        stop_token_ids=(rng.randrange(VOCAB),) if rng.random() < 0.3 else (),
+        deadline_s=rng.uniform(0.1, 3.0) if rng.random() < 0.2 else None,
+        allow_degraded=rng.random() < 0.3,
+        cancel_s=at_s + rng.expovariate(5) if rng.random() < 0.15 else None,
     )
-    return arrival_s, spec
 
 
-def run_scenario(scenario: Scenario, policy: Policy) -> tuple[World, Failure | None]:
-    """Run to the end, or to the first broken invariant."""
-    core = Core(simulated_config(**_BOUNDS), policy)
-    world = World(core, random.Random(scenario.seed), LINK)
+def read_scenario(path: Path) -> Scenario:
+    """Raises ScenarioError."""
     try:
-        _set_up(world, scenario)
-        world.run(LONGEST_S)
-    except (AssertionError, ValueError, KeyError) as error:
-        message = f"{type(error).__name__}: {error}"
-        return world, Failure(scenario=scenario, error=message, story=tuple(world.story))
-    return world, None
+        return msgspec.json.decode(path.read_bytes(), type=Scenario)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ScenarioError(f"cannot read the scenario {path}: {error}") from error
 
 
-def _set_up(world: World, scenario: Scenario) -> None:
-    prefill = DeviceModel(read_token_s=0.0005, step_s=0.01, row_s=0.001)
-    decode = replace(prefill, read_token_s=0.001)
-    for number in range(scenario.prefill_nodes):
-        world.add_node(_profile(f"p{number}", scenario), prefill)
-    for number in range(scenario.decode_nodes):
-        world.add_node(_profile(f"d{number}", scenario), decode)
-    for arrival_s, spec in scenario.requests:
-        world.submit_at(arrival_s, spec)
-    for cancellation in scenario.cancellations:
-        schedule_cancellation(world, cancellation)
+@cache
+def _bundle(num_stages: int) -> tuple[ServedBundle, TemporaryDirectory[str]]:
+    """Kept for as long as this process lives."""
+    folder = TemporaryDirectory()
+    return toy_bundle(Path(folder.name), num_layers=max(2, num_stages), num_stages=num_stages), folder
+
+
+def run_scenario(scenario: Scenario, policy: Callable[[], Policy], story: Story) -> Failure | None:
+    """Run to the end, or to the first broken invariant."""
+    bundle, _ = _bundle(scenario.stages)
+    with simulated_world(bundle, policy, _BOUNDS, seed=scenario.seed, link=LINK, story=story) as world:
+        try:
+            _fill(world, scenario)
+            world.run(LONGEST_S)
+        except (AssertionError, ValueError, KeyError) as error:
+            return Failure(scenario=scenario, error=f"{type(error).__name__}: {error}")
+    return None
+
+
+def _fill(world: World, scenario: Scenario) -> None:
+    for plan in scenario.nodes:
+        world.add_node(plan)
+    for ask in scenario.asks:
+        world.add_client(ask)
     for fault in scenario.faults:
         schedule_fault(world, fault)
 
 
-def _profile(name: str, scenario: Scenario) -> NodeProfile:
-    return simulated_profile(
-        name,
-        "prefill" if name.startswith("p") else "decode",
-        device_class="cpu-local",
-        kv_blocks=scenario.kv_blocks,
-        kv_bytes_per_token=1024,
-        half_engine=scenario.half_engines,
-    )
-
-
 def shrink(failure: Failure, policy: Callable[[], Policy]) -> Failure:
-    """Drop faults, cancellations and requests as long as the scenario still fails."""
+    """Drop faults and requests as long as the scenario still fails."""
     smallest = failure
-    for field in ("faults", "cancellations", "requests"):
+    for field in ("faults", "asks"):
         index = 0
-        while index < len(getattr(smallest.scenario, field)):
-            kept = getattr(smallest.scenario, field)
+        while index < len(kept := getattr(smallest.scenario, field)):
             fewer = replace(smallest.scenario, **{field: kept[:index] + kept[index + 1 :]})
-            _, again = run_scenario(_consistent(fewer), policy())
+            again = run_scenario(fewer, policy, Story(wanted=False))
             if again is None:
                 index += 1
             else:
@@ -149,20 +153,19 @@ def shrink(failure: Failure, policy: Callable[[], Policy]) -> Failure:
     return smallest
 
 
-def _consistent(scenario: Scenario) -> Scenario:
-    """Without cancellations of requests that are not there."""
-    known = {spec.request_id for _, spec in scenario.requests}
-    kept = tuple(one for one in scenario.cancellations if one.request_id in known)
-    return replace(scenario, cancellations=kept)
-
-
-def tell(failure: Failure) -> str:
-    """A short story of what happened."""
-    scenario = failure.scenario
-    lines = [
-        f"seed {scenario.seed}: {failure.error}",
-        f"{scenario.prefill_nodes} prefill and {scenario.decode_nodes} decode nodes of {scenario.kv_blocks} blocks, "
-        f"{len(scenario.requests)} requests, {len(scenario.faults)} faults",
-        *failure.story[-STORY_LINES:],
-    ]
-    return "\n".join(lines)
+def tell(failure: Failure, policy: Callable[[], Policy]) -> str:
+    """The failure's seed, what went wrong, the end of its story, and the scenario for `read_scenario`."""
+    scenario, story = failure.scenario, Story(wanted=True)
+    run_scenario(scenario, policy, story)
+    return "\n".join(
+        [
+            f"seed {scenario.seed}: {failure.error}",
+            "nodes: "
+            + ", ".join(
+                f"{node.name} {node.engine} {node.kv_blocks} blocks{' spare' * node.spare}" for node in scenario.nodes
+            ),
+            f"{len(scenario.asks)} requests, {len(scenario.faults)} faults",
+            *story.lines[-STORY_LINES:],
+            msgspec.json.encode(scenario).decode(),
+        ]
+    )

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgellm.orchestrator.sim.clients import ClientRequest
+from edgellm.runtime.rpc import inference_pb2
+
+_PATHS = {
+    inference_pb2.PREFILL_PATH_REMOTE: "remote",
+    inference_pb2.PREFILL_PATH_LOCAL: "local",
+    inference_pb2.PREFILL_PATH_DEGRADED: "degraded",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +32,15 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": ranked[min(len(ranked) - 1, round(p / 100 * (len(ranked) - 1)))] for p in (50, 90, 99)}
 
 
-def report(requests: Sequence[ClientRequest], duration_s: float) -> Report:
-    stats = [request.stats for request in requests if request.stats is not None and request.tokens]
-    paths = [one.prefill_path for one in stats if one.prefill_path is not None]
+def report(ends: Sequence[inference_pb2.Finished | None], duration_s: float) -> Report:
+    """`ends`: of all requests, None for those that were refused."""
+    answered = [end for end in ends if end is not None and end.generated_tokens]
+    paths = [_PATHS[end.prefill_path] for end in answered if end.prefill_path in _PATHS]
     return Report(
-        requests=len(requests),
-        failed=len(requests) - len(stats),
-        tokens_per_s=sum(one.generated_tokens for one in stats) / duration_s if duration_s else 0.0,
-        ttft_ms=percentiles([one.ttft_ms for one in stats]),
-        tpot_ms=percentiles([one.tpot_ms for one in stats if one.generated_tokens > 1]),
+        requests=len(ends),
+        failed=len(ends) - len(answered),
+        tokens_per_s=sum(end.generated_tokens for end in answered) / duration_s if duration_s else 0.0,
+        ttft_ms=percentiles([end.timing.ttft_ms for end in answered]),
+        tpot_ms=percentiles([end.timing.tpot_ms for end in answered if end.generated_tokens > 1]),
         paths={path: paths.count(path) for path in sorted(set(paths))},
     )

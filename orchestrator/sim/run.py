@@ -1,24 +1,29 @@
 """A workload on a modelled cluster, without faults."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
 
-from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.policy import Policy
-from edgellm.orchestrator.sim.cluster import (
-    Arrival,
-    poisson,
-    read_trace,
-    requests,
-    simulated_config,
-    simulated_profile,
-)
+from edgellm.orchestrator.policies import POLICIES
+from edgellm.orchestrator.policies.cost import CostModel
+from edgellm.orchestrator.policies.dual_pool import DualPool
+from edgellm.orchestrator.sim.clients import Ask
 from edgellm.orchestrator.sim.device import ModelCost, device_model, link_model
+from edgellm.orchestrator.sim.machines import NodePlan, toy_bundle
+from edgellm.orchestrator.sim.network import LinkModel, Scale
 from edgellm.orchestrator.sim.report import Report, report
-from edgellm.orchestrator.sim.world import World
+from edgellm.orchestrator.sim.story import Story
+from edgellm.orchestrator.sim.toy import HIDDEN_SIZE, toy_contract
+from edgellm.orchestrator.sim.workload import Arrival, poisson, read_trace
+from edgellm.orchestrator.sim.world import World, simulated_world
 
-LONGEST_S = 3600.0
+LONGEST_S: Final = 3600.0
+_WARM_UP_S: Final = 1.0
+"""Nodes have joined by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,32 +42,54 @@ class RunConfig:
     prefill_class: str = "orin-nx-16gb"
     decode_class: str = "orin-nano-8gb"
     kv_blocks: int = 2048
+    policy: str = "dual_pool"
     seed: int = 0
 
 
-def simulate(config: RunConfig, policy: Policy) -> Report:
-    """Raises TraceError for a bad trace, KeyError for an unknown device class."""
-    rng = random.Random(config.seed)
-    world = World(Core(simulated_config(), policy), rng, link_model(config.decode_class), check=False)
-    cost = ModelCost()
-    pools = (
-        ("prefill", config.prefill_nodes, config.prefill_class),
-        ("decode", config.decode_nodes, config.decode_class),
-    )
-    for role, count, device_class in pools:
+def simulate(config: RunConfig) -> Report:
+    """Raises TraceError for a bad trace, KeyError for an unknown device class or policy."""
+    rng, cost, real = random.Random(config.seed), ModelCost(), link_model(config.decode_class)
+    arrivals = _arrivals(config, rng)
+    with TemporaryDirectory() as folder:
+        bundle = toy_bundle(Path(folder), num_layers=1)
+        scale = Scale(
+            kv=cost.kv_bytes_per_token / toy_contract(1).bytes_per_token, hidden=cost.hidden_size / HIDDEN_SIZE
+        )
+        policy = _policy(config.policy, real, scale)
+        story = Story(wanted=False)
+        with simulated_world(
+            bundle, policy, {}, seed=config.seed, link=real, story=story, scale=scale, check=False
+        ) as world:
+            _fill(world, config, cost, arrivals)
+            world.run(LONGEST_S)
+            return report([client.finished for client in world.clients], world.loop.time() - _WARM_UP_S)
+
+
+def _fill(world: World, config: RunConfig, cost: ModelCost, arrivals: list[Arrival]) -> None:
+    for phase, count, device_class in (
+        ("prefill-tp0of1", config.prefill_nodes, config.prefill_class),
+        ("decode-pp0of1", config.decode_nodes, config.decode_class),
+    ):
         for number in range(count):
-            profile = simulated_profile(
-                f"{role}{number}",
-                "prefill" if role == "prefill" else "decode",
-                device_class=device_class,
-                kv_blocks=config.kv_blocks,
-                kv_bytes_per_token=cost.kv_bytes_per_token,
+            device = device_model(device_class, cost)
+            name = f"{phase.partition('-')[0]}{number}"
+            world.add_node(NodePlan(name=name, engine=phase, device=device, kv_blocks=config.kv_blocks))
+    for number, arrival in enumerate(arrivals):
+        world.add_client(
+            Ask(
+                name=f"r{number}",
+                at_s=_WARM_UP_S + arrival.arrival_s,
+                prompt_tokens=arrival.prompt_tokens,
+                max_tokens=arrival.max_tokens,
             )
-            world.add_node(profile, device_model(device_class, cost))
-    for arrival_s, spec in requests(rng, _arrivals(config, rng)):
-        world.submit_at(arrival_s, spec)
-    world.run(LONGEST_S)
-    return report(list(world.clients.requests.values()), world.timeline.now_s)
+        )
+
+
+def _policy(name: str, link: LinkModel, scale: Scale) -> Callable[[], Policy]:
+    """The policy as it is, but told of the simulated link in the toy model's bytes."""
+    speed = link.bytes_per_s / scale.kv
+    cost = CostModel(same_host_bytes_per_s=speed, network_bytes_per_s=speed, network_latency_s=link.latency_s)
+    return (lambda: DualPool(cost=cost)) if name == DualPool.name else POLICIES[name]
 
 
 def _arrivals(config: RunConfig, rng: random.Random) -> list[Arrival]:

@@ -1,147 +1,170 @@
-"""The whole cluster in simulated time: the live core, processes of nodes, links, clients, and the invariants."""
+"""The whole cluster in simulated time: the orchestrator, the nodes, the network, the clients, and the invariants."""
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from edgellm.orchestrator.core.commands import (
-    AcceptRequest,
-    Command,
-    EmitToken,
-    FinishRequest,
-    NoteNode,
-    NoteRequest,
-    RejectRequest,
-)
+from edgellm.orchestrator.bundle import ServedBundle
+from edgellm.orchestrator.core.commands import Command
 from edgellm.orchestrator.core.core import Core
-from edgellm.orchestrator.core.events import Event, HeartbeatReceived, NodeJoined, RequestEnded, RequestSubmitted, Tick
-from edgellm.orchestrator.core.values import ConnectionId, NodeId, NodeProfile, RequestId, RequestSpec
-from edgellm.orchestrator.sim.clients import Clients
-from edgellm.orchestrator.sim.device import DeviceModel, LinkModel
-from edgellm.orchestrator.sim.node import SimulationError
-from edgellm.orchestrator.sim.process import Process
-from edgellm.orchestrator.sim.timeline import Timeline
+from edgellm.orchestrator.core.events import Event, Tick
+from edgellm.orchestrator.core.policy import Policy
+from edgellm.orchestrator.core.values import AttemptId, RequestId
+from edgellm.orchestrator.server import Orchestrator
+from edgellm.orchestrator.sim.clients import Ask, Client
+from edgellm.orchestrator.sim.loop import Process, SimulationError
+from edgellm.orchestrator.sim.machines import Machine, NodePlan, SimulatedNode, SimulatedOrchestrator
+from edgellm.orchestrator.sim.network import LinkModel, Scale
+from edgellm.orchestrator.sim.outside import Outside, simulated_outside
+from edgellm.orchestrator.sim.story import Story
 
-TICK_S = 0.05
+UNCOUNTED_S = 11.0
+"""A prefill node counts as free when a prompt is where it is needed. Its copy may still be on the way, for as long as a
+transfer may stand still."""
+_UNSCALED = Scale()
+LOOK_S = 0.05
+"""How often it is asked whether all is over."""
 
 
-@dataclass(kw_only=True)
-class Trouble:
-    """What is wrong with the network at the moment."""
+class WatchedCore(Core):
+    """A core after each of whose events the invariants are recounted."""
 
-    extra_delay_s: dict[NodeId, float] = field(default_factory=dict)
-    silent: set[NodeId] = field(default_factory=set)
-    """Nodes whose heartbeats are lost."""
-    deaf: set[NodeId] = field(default_factory=set)
-    """Nodes that no KV reaches."""
+    def __init__(self, core: Core, watch: Callable[[Event], None]) -> None:
+        vars(self).update(vars(core))
+        self._watch = watch
+
+    def handle(self, now_s: float, event: Event) -> list[Command]:
+        commands = super().handle(now_s, event)
+        self.check_integrity()
+        self._watch(event)
+        return commands
 
 
 class World:
-    """Drives one core. Invariants are recounted after every event the core takes, where `check` is on."""
+    """Made, filled and run inside of `simulated_world`."""
 
-    def __init__(self, core: Core, rng: random.Random, link: LinkModel, *, check: bool = True) -> None:
-        self.core = core
-        self.timeline = Timeline()
-        self.link = link
-        self.block_tokens = core.state.config.block_tokens
-        self.clients = Clients()
-        self.trouble = Trouble()
-        self.processes: dict[NodeId, Process] = {}
-        self.story: list[str] = []
-        """What happened, one line each: states of requests and nodes, and faults."""
-        self._rng = rng
+    def __init__(
+        self,
+        bundle: ServedBundle,
+        policy: Callable[[], Policy],
+        bounds: Mapping[str, float],
+        outside: Outside,
+        story: Story,
+        *,
+        check: bool,
+    ) -> None:
+        loop, network = outside.loop, outside.network
+        self.loop = loop
+        self.network = network
+        self.story = story
+        self.nodes: dict[str, SimulatedNode] = {}
+        self.clients: list[Client] = []
+        self.orchestrator = SimulatedOrchestrator(loop, network, bundle, policy, bounds, self._orchestrator_started)
+        self.busy_until_s = 0.0
+        """Not over before; the end of the last fault."""
+        self._bundle = bundle
         self._check = check
-        self._connections: dict[ConnectionId, Process] = {}
-        self._heard_s: dict[ConnectionId, float] = {}
-        self._tick()
+        self._core: Core | None = None
+        self._customers = Process(name="clients", pid=1)
+        self._uncounted_since_s: dict[Process, dict[AttemptId, float]] = {}
+        self._is_over = False
 
-    def add_node(self, profile: NodeProfile, device: DeviceModel) -> None:
-        process = Process(profile, device, self)
-        self.processes[profile.node_id] = process
-        process.start()
+    @property
+    def machines(self) -> dict[str, Machine]:
+        return {"orchestrator": self.orchestrator, **self.nodes}
 
-    def submit_at(self, time_s: float, spec: RequestSpec) -> None:
-        self.clients.submit(spec)
-        self.timeline.at(time_s, lambda: self.to_core(RequestSubmitted(spec=spec)))
+    def add_node(self, plan: NodePlan) -> None:
+        self.nodes[plan.name] = SimulatedNode(self.loop, self.network, plan, self._bundle, self.orchestrator.address)
 
-    def cancel(self, request_id: RequestId) -> None:
-        self.clients.requests[request_id].cancelled = True
-        self.to_core(RequestEnded(request_id=request_id, reason="cancelled"))
+    def add_client(self, ask: Ask) -> None:
+        num_layers = self._bundle.index.model.num_layers
+        self.clients.append(Client(ask=ask, num_layers=num_layers, now_s=self.loop.time, check=self._check))
 
     def run(self, until_s: float) -> None:
         """Until every request has ended and every node is empty. Raises SimulationError if that takes too long."""
-        while not self._is_over():
-            if self.timeline.now_s > until_s:
-                raise SimulationError(f"after {until_s:.0f} s these go on: {self._what_goes_on()}")
-            self.timeline.step()
+        for machine in self.machines.values():
+            machine.start()
+        for client in self.clients:
+            task = self.loop.spawn(self._customers, client.run(self.orchestrator.address))
+            task.add_done_callback(self._client_ended, context=self._customers.context)
+        self._look()
+        if not self.loop.run_until(lambda: self._is_over, until_s):
+            raise SimulationError(f"after {until_s:.0f} s these go on: {', '.join(self._what_goes_on())}")
 
-    def tell(self, line: str) -> None:
-        self.story.append(f"{self.timeline.now_s:9.4f} {line}")
+    def tear_down(self) -> None:
+        self.network.close()
+        processes = [process for machine in self.machines.values() for process in machine.history]
+        self.loop.tear_down([self._customers, *processes])
 
-    # Surroundings of the processes
+    # Invariants
 
-    def connect(self, process: Process) -> ConnectionId:
-        connection = ConnectionId(len(self._connections) + 1)
-        self._connections[connection] = process
-        return connection
-
-    def delay_s(self, name: NodeId) -> float:
-        return self.link.latency_s * self._rng.uniform(0.5, 2.0) + self.trouble.extra_delay_s.get(name, 0.0)
-
-    def beats_get_through(self, name: NodeId) -> bool:
-        return name not in self.trouble.silent
-
-    def kv_gets_through(self, source: NodeId, target: NodeId) -> bool:
-        return source not in self.trouble.deaf and target not in self.trouble.deaf
-
-    def find(self, name: NodeId) -> Process:
-        return self.processes[name]
-
-    def to_core(self, event: Event) -> None:
-        if isinstance(event, HeartbeatReceived | NodeJoined):
-            self._heard_s[event.connection] = self.timeline.now_s
-        for command in self.core.handle(self.timeline.now_s, event):
-            self._carry_out(command)
+    def _orchestrator_started(self, running: Orchestrator) -> None:
+        self._core = running.driver.core
         if self._check:
-            self.core.check_integrity()
-            self._check_nodes()
+            running.driver.core = self._core = WatchedCore(self._core, self._check_nodes)
 
-    def _carry_out(self, command: Command) -> None:
-        match command:
-            case AcceptRequest() | RejectRequest() | EmitToken() | FinishRequest():
-                self.clients.take(self.timeline.now_s, command)
-            case NoteRequest():
-                self.tell(f"{command.request_id} epoch {command.epoch} {command.state}: {command.detail}")
-            case NoteNode():
-                self.tell(f"{command.node_id} #{command.incarnation} {command.state}: {command.detail}")
-            case _:
-                self._connections[command.connection].command(command)
+    def _check_nodes(self, event: Event) -> None:
+        """What a node holds, the core counts as used there."""
+        assert self._core is not None
+        nodes = self._core.state.nodes
+        connection = getattr(event, "connection", None)
+        for counted in nodes.alive():
+            if connection == counted.connection or isinstance(event, Tick):
+                self._check_node(counted.profile.node_id, counted.profile.pid, counted.leases)
 
-    def _check_nodes(self) -> None:
-        """What a node holds, the core counts as used there; who is silent for too long is not trusted."""
-        longest_s = self.core.state.config.dead_after_s + 3 * TICK_S
-        for process in self.processes.values():
-            node = process.node
-            counted = self.core.state.nodes.get(node.connection) if node is not None else None
-            if node is None or counted is None:
-                continue
-            silence_s = self.timeline.now_s - self._heard_s[node.connection]
-            if silence_s > longest_s:
-                raise SimulationError(f"{process.name} is silent for {silence_s:.2f} s and still counted as alive")
-            for attempt in node.held_attempts():
-                if attempt not in counted.leases:
-                    raise SimulationError(f"{process.name} holds {attempt}, which the core counts as free")
+    def _check_node(self, name: str, pid: int, leases: Mapping[AttemptId, object]) -> None:
+        node = self.nodes[name]
+        if node.process is None or node.process.pid != pid or node.server is None:
+            return
+        node.server.ledger.check_integrity()
+        held = {AttemptId(request_id=RequestId(a.request_id), epoch=a.epoch) for a in node.server.ledger.attempts()}
+        since_s = self._uncounted_since_s.get(node.process, {})
+        uncounted = {attempt: since_s.get(attempt, self.loop.time()) for attempt in held - leases.keys()}
+        self._uncounted_since_s[node.process] = uncounted
+        for attempt, seen_s in uncounted.items():
+            if self.loop.time() - seen_s > UNCOUNTED_S and not node.process.paused:
+                raise SimulationError(f"{name} holds {attempt} for {UNCOUNTED_S} s, which the core counts as free")
 
-    def _tick(self) -> None:
-        self.to_core(Tick())
-        self.timeline.after(TICK_S, self._tick)
+    def _client_ended(self, task: "asyncio.Task[None]") -> None:
+        error = task.exception()
+        if error is not None:
+            self.loop.errors.append(str(error) if isinstance(error, SimulationError) else repr(error))
 
-    def _is_over(self) -> bool:
-        leases = any(node.leases for node in self.core.state.nodes)
-        held = any(p.node is not None and p.node.held_attempts() for p in self.processes.values())
-        return not (self.clients.open_requests() or leases or held)
+    def _look(self) -> None:
+        idle = self.loop.time() >= self.busy_until_s and self._core is not None
+        self._is_over = idle and not any(self._what_goes_on())
+        self.loop.call_later(LOOK_S, self._look)
 
-    def _what_goes_on(self) -> Sequence[str]:
-        held = [f"{p.name} holds {a}" for p in self.processes.values() if p.node for a in p.node.held_attempts()]
-        leases = [f"{n.profile.node_id} leases {a}" for n in self.core.state.nodes for a in n.leases]
-        return [*map(str, self.clients.open_requests()), *held, *leases]
+    def _what_goes_on(self) -> Iterator[str]:
+        for client in self.clients:
+            if not client.is_over:
+                yield f"{client.ask.name} waits"
+        for node in self.nodes.values():
+            if node.server is not None:
+                for attempt in node.server.ledger.attempts():
+                    yield f"{node.name} holds {attempt}"
+        if self._core is not None:
+            for counted in self._core.state.nodes:
+                for lease in counted.leases:
+                    yield f"{counted.profile.node_id} leases {lease}"
+
+
+@contextmanager
+def simulated_world(
+    bundle: ServedBundle,
+    policy: Callable[[], Policy],
+    bounds: Mapping[str, float],
+    *,
+    seed: int,
+    link: LinkModel,
+    story: Story,
+    scale: Scale = _UNSCALED,
+    check: bool = True,
+) -> Iterator[World]:
+    """Inside, clocks, processes and gRPC are simulated."""
+    with simulated_outside(seed, link, scale) as outside, story.told_by(outside.loop):
+        world = World(bundle, policy, bounds, outside, story, check=check)
+        try:
+            yield world
+        finally:
+            world.tear_down()

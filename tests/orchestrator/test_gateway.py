@@ -1,7 +1,7 @@
-"""The gateway over real gRPC, on the live core and simulated nodes that speak real Join streams."""
+"""The gateway over real gRPC, on the live core and nodes with toy engines."""
 
 import asyncio
-import dataclasses
+import os
 import random
 import threading
 
@@ -11,12 +11,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from edgellm.orchestrator.core.values import Generation, RequestId, RequestSpec, Sampling
+from edgellm.engines.sampling import SamplingParams as SamplingValues
 from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.server import INFERENCE, ListenError, core_config, run_orchestrator
 from edgellm.orchestrator.sim.device import DeviceModel
-from edgellm.orchestrator.sim.toy import expected_answer
+from edgellm.orchestrator.sim.toy import expected_answer, toy_contract
 from edgellm.orchestrator.tokenizer import ModelTokenizer
+from edgellm.runtime.config import NodeError
 from edgellm.runtime.rpc import inference_pb2
 from edgellm.runtime.rpc.inference_pb2 import (
     CancelRequest,
@@ -26,6 +27,7 @@ from edgellm.runtime.rpc.inference_pb2 import (
     TokenIds,
 )
 
+LAYERS = 4
 SLOW = DeviceModel(read_token_s=2e-5, step_s=0.05, row_s=0.0, overhead_s=0.0)
 
 
@@ -37,16 +39,13 @@ def request(seed: int, prompt_tokens: int = 40, max_tokens: int = 10, **fields) 
 
 
 def expected(asked: GenerateRequest) -> list[int]:
-    spec = RequestSpec(
-        request_id=RequestId(""),
-        prompt=tuple(asked.token_ids.ids),
-        generation=Generation(
-            max_tokens=asked.max_tokens,
-            sampling=Sampling(seed=asked.sampling.seed),
-            stop_token_ids=tuple(asked.stop_token_ids),
-        ),
+    return expected_answer(
+        asked.token_ids.ids,
+        asked.max_tokens,
+        num_layers=LAYERS,
+        sampling=SamplingValues(seed=asked.sampling.seed),
+        stop_token_ids=asked.stop_token_ids,
     )
-    return expected_answer(spec)
 
 
 async def collect(call):
@@ -266,7 +265,7 @@ def test_a_decode_node_that_dies_costs_no_token(live_cluster, make_node):
             call = cluster.stub.Generate(asked)
             for _ in range(20):
                 response = await call.read()
-            used = [name for name, node in cluster.nodes.items() if node.node.held_attempts() and name != "p0"]
+            used = [name for name, node in cluster.nodes.items() if node.ledger.attempts() and name != "p0"]
             cluster.tasks[used[0]].cancel()
             del cluster.nodes[used[0]]
             rest = await read_all(call)
@@ -279,24 +278,24 @@ def test_a_decode_node_that_dies_costs_no_token(live_cluster, make_node):
     assert rest[-1].finished.takeovers == 1
 
 
-def test_nodes_that_do_not_belong_are_told_why(live_cluster, make_node):
-    async def refusal(cluster, node) -> str:
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await cluster.add_node(node)
-        assert failure.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        return failure.value.details()
+def test_nodes_that_do_not_belong_are_told_why(live_cluster, make_node, monkeypatch):
+    async def refusal(cluster, name, **changes) -> str:
+        with pytest.raises(NodeError) as failure:
+            await cluster.add_node(make_node(name, "decode"), **changes)
+        return str(failure.value)
 
     async def scenario():
         async with live_cluster() as cluster:
-            stranger, other, twin = (make_node(name, "decode", pid=2) for name in ("d1", "d2", "d0"))
-            stranger.profile = dataclasses.replace(stranger.profile, bundle_sha256="0" * 64)
-            other.profile = dataclasses.replace(other.profile, kv_contract_sha256="0" * 64)
-            return [await refusal(cluster, node) for node in (stranger, other, twin)]
+            bundle = await refusal(cluster, "d1", bundle_sha256="0" * 64)
+            contract = await refusal(cluster, "d2", contract=toy_contract(LAYERS + 1))
+            monkeypatch.setattr(os, "getpid", lambda: 2)
+            return bundle, contract, await refusal(cluster, "d0")
 
+    pid = os.getpid()
     bundle, contract, name = run(scenario())
     assert "start it with the same --bundle" in bundle
     assert "stores KV under contract" in contract
-    assert "node id d0 is in use by process 1" in name
+    assert f"node id d0 is in use by process {pid}" in name
 
 
 def test_status_health_and_reflection(live_cluster):
@@ -307,7 +306,8 @@ def test_status_health_and_reflection(live_cluster):
             healthy = await health.Check(health_pb2.HealthCheckRequest(service=INFERENCE))
             ask = reflection_pb2.ServerReflectionRequest(list_services="")
             answers = [a async for a in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo([ask])]
-            cluster.tasks["d0"].cancel()
+            for task in cluster.tasks.values():
+                task.cancel()
             async for change in health.Watch(health_pb2.HealthCheckRequest(service=INFERENCE)):
                 if change.status == health_pb2.HealthCheckResponse.NOT_SERVING:
                     break
