@@ -224,8 +224,13 @@ def linear_case(form, columns, channels, quant_max=127):
     )
 
 
-def compute_linear(case, rows, name, *, bias, residual):
-    """The input's conversion, then the linear: float32 [rows, columns]."""
+def linear_input(case, rows):
+    return bf16_exact(random(rows, case.channels, seed=rows))
+
+
+def compute_linear(case, inputs, name, *, bias=False, residual=False):
+    """The conversion of inputs [rows, channels], then the linear: float32 [rows, columns]."""
+    rows = len(inputs)
     memory = Memory()
     outliers, padded_outliers = (0, 0) if case.outlier_columns is None else (3, 4)
     channel_bytes = {"int8": 1, "int16": 2}.get(case.input_form, 4)
@@ -236,7 +241,7 @@ def compute_linear(case, rows, name, *, bias, residual):
     row_bytes = pack.round_up(scale_at + 4, 64)
     x, out, added = (memory.rows(rows, width) for width in (case.channels, case.columns, case.columns))
     records = (memory.rows(rows, row_bytes // 4)[0], row_bytes, sums_at, outliers_at, scale_at)
-    memory.view(x, rows, case.channels)[:] = bf16_exact(random(rows, case.channels, seed=rows))
+    memory.view(x, rows, case.channels)[:] = inputs
     memory.view(added, rows, case.columns)[:] = random(rows, case.columns, seed=7)
     names = ("weight", "group_scale", "column_scale", "outlier_weight")
     places = {key: memory.segment(getattr(case, key)) for key in names}
@@ -278,15 +283,36 @@ def test_linear(isa, form, columns, channels):
     case = linear_case(form, columns, channels)
     options = itertools.cycle(itertools.product((False, True), repeat=2))
     for rows, (bias, residual) in zip([*range(1, 20), 31, 33, 50], options, strict=False):
-        found, expected = both(isa, lambda name: compute_linear(case, rows, name, bias=bias, residual=residual))  # noqa: B023
+        inputs = linear_input(case, rows)
+        found, expected = both(isa, lambda name: compute_linear(case, inputs, name, bias=bias, residual=residual))  # noqa: B023
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found / scale, expected / scale, atol=3e-6, err_msg=f"{rows} rows")
+
+
+@pytest.mark.parametrize("form", ["half", "int8", "int8x16", "int4", "int4_float"])
+@pytest.mark.parametrize(("columns", "channels"), [(70, 72), (33, 4400)])
+def test_linear_of_a_row_does_not_depend_on_its_company(isa, form, columns, channels):
+    """Few and many rows take different ways to the same bits; 4400 channels are unpacked in three parts."""
+    case = linear_case(form, columns, channels)
+    inputs = linear_input(case, 70)
+    together = compute_linear(case, inputs, isa).copy()
+    for first, count in ((0, 1), (3, 2), (7, 4), (16, 13), (31, 17), (69, 1)):
+        some = compute_linear(case, inputs[first : first + count], isa)
+        assert some.tobytes() == together[first : first + count].tobytes(), f"{count} rows from {first}"
+
+
+def test_tiny_outliers_do_not_depend_on_company(isa):
+    """Tile products flush denormals: sums of outliers must do so with and without tiles."""
+    case = linear_case("int4", 70, 64)
+    inputs = linear_input(case, 20) * np.float32(2.0**-110)
+    together = compute_linear(case, inputs, isa).copy()
+    assert compute_linear(case, inputs[4:5], isa).tobytes() == together[4:5].tobytes()
 
 
 @pytest.mark.parametrize("quant_max", [7, 127])
 def test_quantised_input(isa, quant_max):
     case = linear_case("int4", 16, 48, quant_max)
-    found, expected = both(isa, lambda name: compute_linear(case, 5, name, bias=False, residual=False))
+    found, expected = both(isa, lambda name: compute_linear(case, linear_input(case, 5), name))
     np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 

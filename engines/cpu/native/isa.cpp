@@ -51,10 +51,10 @@ bool has_avx512() {
 // The kernel hands the 8 KiB of tile state to a process only on request (Linux, Documentation/arch/x86/xstate.rst).
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
+  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24, kAmxInt8 = 1U << 25;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 &&
-         (edx & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         (edx & kAmxTile) != 0 && (edx & kAmxInt8) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 #elif defined(__aarch64__)

@@ -1,7 +1,8 @@
-// The shapes of the eight AMX tiles, for kernels that use whole tiles or lower ones.
+// The shapes of the eight AMX tiles.
 #pragma once
 
 #include <immintrin.h>
+#include <pmmintrin.h>
 
 #include <cstdint>
 
@@ -18,8 +19,8 @@ struct alignas(64) TileConfig {
   std::uint16_t bytes_per_row[16] = {};
   std::uint8_t rows[16] = {};
 
-  void set(int tile, int height) {
-    bytes_per_row[tile] = kTileRowBytes;
+  void set(int tile, int height, int row_bytes = kTileRowBytes) {
+    bytes_per_row[tile] = static_cast<std::uint16_t>(row_bytes);
     rows[tile] = static_cast<std::uint8_t>(height);
   }
 };
@@ -39,6 +40,20 @@ struct WholeTiles {
   ~WholeTiles() { _tile_release(); }
   WholeTiles(const WholeTiles&) = delete;
   WholeTiles& operator=(const WholeTiles&) = delete;
+};
+
+// Tiles multiply bf16 with denormals flushed to zero, whatever the thread's settings; as long as this lives, other
+// instructions do so too.
+class FlushDenormals {
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlush); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  static constexpr unsigned kFlush = _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON;
+  unsigned before_;
 };
 
 }  // namespace edgellm::EDGELLM_ISA

@@ -8,7 +8,7 @@ namespace edgellm::EDGELLM_ISA {
 
 namespace {
 
-inline constexpr int kWideChunks = kTilePanels == 2 ? 4 : 1;  // 16-channel chunks whose sums stay in registers
+inline constexpr int kWideChunks = kTilePanels > 1 ? 4 : 1;  // 16-channel chunks whose sums stay in registers
 
 template <class Block>
 class FloatKernel {

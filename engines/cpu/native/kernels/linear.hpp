@@ -33,6 +33,10 @@ void linear_int8(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 void linear_int8x16(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 void linear_int4(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 void linear_int4_float(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+// On AMX only:
+void linear_int8_tiles(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+void linear_int8x16_tiles(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+void linear_int4_tiles(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 
 }  // namespace edgellm::EDGELLM_ISA
 #endif

@@ -13,11 +13,6 @@ inline const std::uint8_t* panel_weight(const LinearArgs& args, std::int64_t pan
   return args.weight + panel * args.channels / 8 * kLineBytes;
 }
 
-inline void finish_scaled(const LinearArgs& args, std::int64_t row, std::int64_t panel, F32 y) {
-  const F32 scaled = mul(y, load(args.column_scale + panel * kPanelColumns));
-  finish(args, row, panel, add_outliers(args, row, panel, scaled));
-}
-
 // Exact integer sums inside a group; groups are added in float32, in order.
 struct Int4Tile {
   template <int Rows, int Panels>
@@ -31,7 +26,7 @@ struct Int4Tile {
     }
     for (int r = 0; r < Rows; ++r) {
       const F32 scale = set1(*record_at<float>(args, row + r, args.x.scale_at));
-      for (int p = 0; p < Panels; ++p) finish_scaled(args, row + r, panel + p, mul(total[r][p], scale));
+      for (int p = 0; p < Panels; ++p) finish_int4(args, row + r, panel + p, mul(total[r][p], scale));
     }
   }
 
@@ -75,7 +70,7 @@ struct Int4FloatTile {
       add_group(args, row, panel, group, total);
     }
     for (int r = 0; r < Rows; ++r) {
-      for (int p = 0; p < Panels; ++p) finish_scaled(args, row + r, panel + p, total[r][p]);
+      for (int p = 0; p < Panels; ++p) finish_int4(args, row + r, panel + p, total[r][p]);
     }
   }
 

@@ -4,10 +4,6 @@ namespace edgellm::EDGELLM_ISA {
 
 namespace {
 
-inline F32 column_scale(const LinearArgs& args, std::int64_t panel) {
-  return load(args.column_scale + panel * kPanelColumns);
-}
-
 // Integer sums over all channels, then one scaling per value.
 struct Int8Tile {
   template <int Rows, int Panels>
@@ -27,12 +23,7 @@ struct Int8Tile {
       }
     }
     for (int r = 0; r < Rows; ++r) {
-      const I32 offset = set1_i32(kInt8Offset * *record_at<std::int32_t>(args, row + r, args.x.sums_at));
-      const F32 scale = set1(*record_at<float>(args, row + r, args.x.scale_at));
-      for (int p = 0; p < Panels; ++p) {
-        const F32 y = mul(to_f32(sub(sum[r][p], offset)), scale);
-        finish(args, row + r, panel + p, mul(y, column_scale(args, panel + p)));
-      }
+      for (int p = 0; p < Panels; ++p) finish_int8(args, row + r, panel + p, sum[r][p]);
     }
   }
 };
@@ -72,17 +63,8 @@ struct Int8x16Tile {
       }
     }
     for (int r = 0; r < Rows; ++r) {
-      for (int p = 0; p < Panels; ++p) finish_parts(args, row + r, panel + p, high[r][p], low[r][p]);
+      for (int p = 0; p < Panels; ++p) finish_int8x16(args, row + r, panel + p, high[r][p], low[r][p]);
     }
-  }
-
-  static void finish_parts(const LinearArgs& args, std::int64_t row, std::int64_t panel, I32 high, I32 low) {
-    const std::int32_t* sums = record_at<std::int32_t>(args, row, args.x.sums_at);
-    const F32 scale = set1(*record_at<float>(args, row, args.x.scale_at));
-    const F32 upper = to_f32(sub(high, set1_i32(kInt8Offset * sums[0])));
-    const F32 lower = to_f32(sub(low, set1_i32(kInt8Offset * sums[1])));
-    const F32 y = mul(fma(upper, set1(static_cast<float>(kInt16Base)), lower), scale);
-    finish(args, row, panel, mul(y, column_scale(args, panel)));
   }
 };
 

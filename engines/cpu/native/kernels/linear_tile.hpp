@@ -2,6 +2,7 @@
 // order. The tile's size decides only which sums are in registers together, never the order inside one sum.
 #pragma once
 
+#include "../half.hpp"
 #include "../simd/simd.hpp"
 #include "linear.hpp"
 
@@ -12,6 +13,28 @@ inline const T* record_at(const LinearArgs& args, std::int64_t row, std::int64_t
   return reinterpret_cast<const T*>(args.x.data + row * args.x.row_bytes + offset);
 }
 
+// The outlier channels' share of a value, added to y.
+#if defined(EDGELLM_AMX_SUMS)
+// As a bf16 tile product computes it: over 32 channels, even and odd ones apart, with denormals flushed (the kernel's
+// business). So values that come from tiles and values that do not have the same bits.
+inline F32 add_outliers(const LinearArgs& args, std::int64_t row, std::int64_t panel, F32 y) {
+  const auto* x = record_at<HalfIn>(args, row, args.x.outliers_at);
+  const std::uint8_t* weight = args.outlier_weight + panel * args.outliers / 2 * kLineBytes;
+  F32 total = zero();
+  for (std::int64_t first = 0; first < args.outliers; first += 32) {
+    F32 even = zero();
+    F32 odd = zero();
+    for (std::int64_t o = first; o < args.outliers && o < first + 32; o += 2) {
+      const I32 pairs = load_i32(weight + o / 2 * kLineBytes);
+      even = fma(as_f32(shift_left<16>(pairs)), set1(bf16_to_float(x[o])), even);
+      odd = fma(as_f32(bit_and(pairs, set1_i32(static_cast<std::int32_t>(0xffff0000U)))), set1(bf16_to_float(x[o + 1])),
+                odd);
+    }
+    total = add(total, add(even, odd));
+  }
+  return add(y, total);
+}
+#else
 inline F32 add_outliers(const LinearArgs& args, std::int64_t row, std::int64_t panel, F32 y) {
   const auto* x = record_at<HalfIn>(args, row, args.x.outliers_at);
   const std::uint8_t* weight = args.outlier_weight + panel * args.outliers / 2 * kLineBytes;
@@ -20,6 +43,7 @@ inline F32 add_outliers(const LinearArgs& args, std::int64_t row, std::int64_t p
   }
   return y;
 }
+#endif
 
 // Bias and residual, then the store of a panel's existing columns.
 inline void finish(const LinearArgs& args, std::int64_t row, std::int64_t panel, F32 y) {
@@ -34,17 +58,39 @@ inline void finish(const LinearArgs& args, std::int64_t row, std::int64_t panel,
   store_n(args.out.data + row * args.out.stride + column, y, n);
 }
 
+// Of int4, from the sum over scaled groups: the columns' power of two, the outliers, then as above.
+inline void finish_int4(const LinearArgs& args, std::int64_t row, std::int64_t panel, F32 y) {
+  const F32 scaled = mul(y, load(args.column_scale + panel * kPanelColumns));
+  finish(args, row, panel, add_outliers(args, row, panel, scaled));
+}
+
+// Of int8, from the sum over all channels, whose weights are too large by kInt8Offset.
+inline F32 scaled_int8(const LinearArgs& args, std::int64_t row, std::int64_t panel, F32 sum) {
+  const F32 y = mul(sum, set1(*record_at<float>(args, row, args.x.scale_at)));
+  return mul(y, load(args.column_scale + panel * kPanelColumns));
+}
+
+inline F32 without_offset(const LinearArgs& args, std::int64_t row, int part, I32 sum) {
+  return to_f32(sub(sum, set1_i32(kInt8Offset * record_at<std::int32_t>(args, row, args.x.sums_at)[part])));
+}
+
+inline void finish_int8(const LinearArgs& args, std::int64_t row, std::int64_t panel, I32 sum) {
+  finish(args, row, panel, scaled_int8(args, row, panel, without_offset(args, row, 0, sum)));
+}
+
+// Of 15-bit activations in two parts.
+inline void finish_int8x16(const LinearArgs& args, std::int64_t row, std::int64_t panel, I32 high, I32 low) {
+  const F32 upper = without_offset(args, row, 0, high);
+  const F32 lower = without_offset(args, row, 1, low);
+  const F32 sum = fma(upper, set1(static_cast<float>(kInt16Base)), lower);
+  finish(args, row, panel, scaled_int8(args, row, panel, sum));
+}
+
 template <class Tile, int Panels>
 void walk_rows(const LinearArgs& args, std::int64_t panel) {
   std::int64_t row = 0;
   for (; row + kTileRows <= args.rows; row += kTileRows) {
     Tile::template run<kTileRows, Panels>(args, row, panel);
-  }
-  if constexpr (kTileRows > 4) {
-    if (row + 4 <= args.rows) {
-      Tile::template run<4, Panels>(args, row, panel);
-      row += 4;
-    }
   }
   if (row + 2 <= args.rows) {
     Tile::template run<2, Panels>(args, row, panel);

@@ -11,8 +11,8 @@ namespace edgellm::EDGELLM_ISA {
 
 inline constexpr int kInt4Offset = 8;
 inline constexpr int kInt8Offset = 128;
-inline constexpr int kTileRows = 8;
-inline constexpr int kTilePanels = 2;
+inline constexpr int kTileRows = 4;
+inline constexpr int kTilePanels = 4;
 
 struct F32 {
   __m512 v;
