@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from edgellm.orchestrator.arguments import integer_from
 from edgellm.orchestrator.cli_generate import add_generate_arguments, chat, generate
 from edgellm.orchestrator.cli_status import status
 from edgellm.orchestrator.client import ClientError
@@ -34,7 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     command = commands.add_parser("generate", help="answer one prompt")
-    command.add_argument("--prompt", required=True, help="text; `-` reads it from standard input")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text; `-` reads it from standard input")
+    what.add_argument("--resume", metavar="ID", help="take up the answer to an earlier request")
+    command.add_argument(
+        "--from-index",
+        type=integer_from(0, 2**32 - 1),
+        default=0,
+        help="first token wanted with --resume (%(default)s)",
+    )
     command.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
     add_generate_arguments(command)

@@ -1,15 +1,18 @@
 """edgellm generate and edgellm chat: one answer, or a conversation, streamed to the terminal."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
 import msgspec
 
 from edgellm.orchestrator.arguments import integer_from
-from edgellm.orchestrator.client import ClientError, connect, events
+from edgellm.orchestrator.client import AnswerEvents, ClientError, connect, events, resumed_events
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
 
+KEEP_MS = 30_000
+"""For so long a request goes on after its stream was lost, while the client tries to take it up again."""
 _PATHS = {
     inference_pb2.PREFILL_PATH_UNSPECIFIED: "none",
     inference_pb2.PREFILL_PATH_REMOTE: "remote, half precision",
@@ -45,12 +48,8 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    prompt = _utf8(sys.stdin.read() if args.prompt == "-" else args.prompt)
-    request = _request(args, [("user", prompt)])
-    if args.raw:
-        request.text = prompt
     with connect(args.server) as stub:
-        answer = _stream(stub, request, show=not args.json)
+        answer = _collect(_asked(args, stub), show=not args.json)
     if args.json:
         print(msgspec.json.encode(_as_dict(answer)).decode())
     elif args.stats:
@@ -58,12 +57,22 @@ def generate(args: argparse.Namespace) -> int:
     return _check(answer.finished)
 
 
+def _asked(args: argparse.Namespace, stub: inference_pb2_grpc.InferenceStub) -> AnswerEvents:
+    if args.resume is not None:
+        return resumed_events(stub, _utf8(args.resume), args.from_index)
+    prompt = _utf8(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    request = _request(args, [("user", prompt)])
+    if args.raw:
+        request.text = prompt
+    return events(stub, request)
+
+
 def chat(args: argparse.Namespace) -> int:
     messages: list[tuple[str, str]] = []
     with connect(args.server) as stub:
         while question := _ask():
             messages.append(("user", question))
-            answer = _stream(stub, _request(args, messages), show=True)
+            answer = _collect(events(stub, _request(args, messages)), show=True)
             messages.append(("assistant", answer.text))
             if args.stats:
                 _print_stats(answer)
@@ -92,6 +101,7 @@ def _request(args: argparse.Namespace, messages: Sequence[tuple[str, str]]) -> i
             ignore_eos=args.ignore_eos,
             deadline_ms=args.deadline_ms,
             allow_degraded_prefill=args.allow_degraded_prefill,
+            keep_ms=KEEP_MS,
         )
     except ValueError as error:
         raise ClientError(f"a number is out of range: {error}") from error
@@ -117,21 +127,22 @@ def _utf8(text: str) -> str:
     return text
 
 
-def _stream(stub: inference_pb2_grpc.InferenceStub, request: inference_pb2.GenerateRequest, *, show: bool) -> Answer:
+def _collect(answer: AnswerEvents, *, show: bool) -> Answer:
     accepted, tokens, pieces = inference_pb2.Accepted(), list[inference_pb2.Token](), list[str]()
     finished = inference_pb2.Finished()
-    for event in events(stub, request):
-        match event:
-            case inference_pb2.Accepted():
-                accepted = event
-            case inference_pb2.Token():
-                tokens.append(event)
-                pieces.append(event.text)
-            case inference_pb2.Finished():
-                finished = event
-                pieces.append(event.text)
-        if show and pieces:
-            print(pieces[-1], end="", flush=True)
+    with contextlib.closing(answer):
+        for event in answer:
+            match event:
+                case inference_pb2.Accepted():
+                    accepted = event
+                case inference_pb2.Token():
+                    tokens.append(event)
+                    pieces.append(event.text)
+                case inference_pb2.Finished():
+                    finished = event
+                    pieces.append(event.text)
+            if show and pieces:
+                print(pieces[-1], end="", flush=True)
     if show:
         print()
     return Answer(accepted=accepted, text="".join(pieces), tokens=tokens, finished=finished)
@@ -161,6 +172,9 @@ def _as_dict(answer: Answer) -> dict[str, object]:
         "timing": {field.name: getattr(timing, field.name) for field in timing.DESCRIPTOR.fields},
         "kv": {field.name: getattr(kv, field.name) for field in kv.DESCRIPTOR.fields},
         "takeovers": finished.takeovers,
+        "recovery": {
+            field.name: getattr(finished.recovery, field.name) for field in finished.recovery.DESCRIPTOR.fields
+        },
     }
 
 
@@ -179,6 +193,16 @@ def _print_stats(answer: Answer) -> None:
         f"TPOT      {timing.tpot_ms:.1f} ms, total {timing.total_ms:.1f} ms",
         f"prefill   {_PATHS[finished.prefill_path]}",
         f"KV        {sent}",
-        f"takeovers {finished.takeovers}",
+        f"takeovers {finished.takeovers}{_recovery(finished)}",
     )
     print("\n".join(lines), file=sys.stderr)
+
+
+def _recovery(finished: inference_pb2.Finished) -> str:
+    if finished.takeovers == 0:
+        return ""
+    parts = finished.recovery
+    return (
+        f", {parts.total_ms:.0f} ms without a token: detect {parts.detect_ms:.0f}, fence {parts.fence_ms:.0f}, "
+        f"restore {parts.restore_ms:.0f}, first token {parts.first_token_ms:.0f}"
+    )

@@ -1,13 +1,26 @@
 """Talks to an orchestrator on behalf of a person at a terminal."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
+from typing import Any, TypeAlias
 
 import grpc
 
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
 
 CONNECT_TIMEOUT_S = 10.0
+CANCEL_TIMEOUT_S = 1.0
+RECONNECT_TIMEOUT_S = 30.0
+"""An answer whose stream was lost is asked for again for so long."""
+RECONNECT_PAUSE_S = 0.1
+_RECONNECT_SOON = [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")]
+_LOSSES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+AnswerEvent: TypeAlias = inference_pb2.Accepted | inference_pb2.Token | inference_pb2.Finished
+AnswerEvents: TypeAlias = Generator[AnswerEvent, None, None]
+"""To be closed before the connection is."""
+_Call: TypeAlias = Any  # generated stubs do not say that their calls can be cancelled
 
 
 class ClientError(RuntimeError):
@@ -17,7 +30,7 @@ class ClientError(RuntimeError):
 @contextlib.contextmanager
 def connect(server: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
     """Raises ClientError if nobody answers at `server`; errors of calls inside become ClientErrors as well."""
-    with grpc.insecure_channel(server) as channel:
+    with grpc.insecure_channel(server, options=_RECONNECT_SOON) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:
@@ -28,24 +41,79 @@ def connect(server: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
             raise ClientError(_explain(error, server)) from error
 
 
-def events(
-    stub: inference_pb2_grpc.InferenceStub, request: inference_pb2.GenerateRequest
-) -> Iterator[inference_pb2.Accepted | inference_pb2.Token | inference_pb2.Finished]:
-    """The events of one request. Leaving early cancels it."""
-    call = stub.Generate(request)
-    try:
-        for response in call:
-            match response.WhichOneof("event"):
-                case "accepted":
+def events(stub: inference_pb2_grpc.InferenceStub, request: inference_pb2.GenerateRequest) -> AnswerEvents:
+    """The events of one request, each token once, over as many streams as it takes. Leaving early cancels it."""
+    return _Follower(stub, stub.Generate(request), 0).events()
+
+
+def resumed_events(stub: inference_pb2_grpc.InferenceStub, request_id: str, from_index: int) -> AnswerEvents:
+    """The same for a request that another client began, from a token on."""
+    return _Follower(stub, _resume(stub, request_id, from_index), from_index).events()
+
+
+def _resume(stub: inference_pb2_grpc.InferenceStub, request_id: str, from_index: int) -> _Call:
+    return stub.Resume(inference_pb2.ResumeRequest(request_id=request_id, from_index=from_index))
+
+
+class _Follower:
+    """Follows one answer, and takes it up again where its stream was lost."""
+
+    def __init__(self, stub: inference_pb2_grpc.InferenceStub, call: _Call, index: int) -> None:
+        self._stub = stub
+        self._call = call
+        self._index = index
+        """Of the next token."""
+        self._request_id = ""
+        self._finished = False
+        self._lost_s: float | None = None
+
+    def events(self) -> AnswerEvents:
+        try:
+            while not self._finished:
+                yield from self._read()
+                if not self._finished:
+                    self._take_up_again()
+        finally:
+            self._call.cancel()
+            if not self._finished:
+                self._cancel()
+
+    def _read(self) -> Iterator[AnswerEvent]:
+        """Until the end of the stream, or its loss. Raises RpcError for any other reason, and after too long."""
+        try:
+            for response in self._call:
+                self._lost_s = None
+                yield from self._note(response)
+        except grpc.RpcError as error:
+            lost = isinstance(error, grpc.Call) and error.code() in _LOSSES
+            self._lost_s = time.monotonic() if self._lost_s is None else self._lost_s
+            if not lost or not self._request_id or time.monotonic() - self._lost_s > RECONNECT_TIMEOUT_S:
+                raise
+
+    def _note(self, response: inference_pb2.GenerateResponse) -> Iterator[AnswerEvent]:
+        match response.WhichOneof("event"):
+            case "accepted":
+                if not self._request_id:
                     yield response.accepted
-                case "token":
-                    yield response.token
-                case "finished":
-                    yield response.finished
-                case _:
-                    pass
-    finally:
-        call.cancel()  # type: ignore[no-untyped-call]
+                self._request_id = response.accepted.request_id
+            case "token":
+                self._index = response.token.index + 1
+                yield response.token
+            case "finished":
+                self._finished = True
+                yield response.finished
+            case _:
+                pass
+
+    def _take_up_again(self) -> None:
+        time.sleep(RECONNECT_PAUSE_S)
+        self._call = _resume(self._stub, self._request_id, self._index)
+
+    def _cancel(self) -> None:
+        """Its client is gone for good, and says so: the server would keep the request for a while."""
+        if self._request_id:
+            with contextlib.suppress(grpc.RpcError):
+                self._stub.Cancel(inference_pb2.CancelRequest(request_id=self._request_id), timeout=CANCEL_TIMEOUT_S)
 
 
 def _explain(error: grpc.RpcError, server: str) -> str:

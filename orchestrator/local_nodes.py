@@ -29,31 +29,30 @@ class NodeStartError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalNode:
-    """One planned node, named like its device."""
+    """A node to start, named like its device."""
 
     node_id: str
     engine: str
+    spare: bool = False
 
 
-def planned_nodes(plan: Plan, num_layers: int) -> list[LocalNode]:
-    """One node per placement. Several placements on one device are told apart by their engine.
+def planned_nodes(plan: Plan, spares: int = 0) -> list[LocalNode]:
+    """One node per placement, and as many spares. Several placements on one device are told apart by their engine.
 
-    Raises BundleError for a plan in stages: each node would refuse to start.
+    Raises BundleError for spares where the plan has no decode engine.
     """
-    stages = [placement for placement in plan.placements if placement.num_layers < num_layers]
-    if stages:
-        raise BundleError(
-            f"the plan cuts the model into {len(stages)} stages, and nodes do not serve stages yet: build the bundle "
-            "again for a cluster with one decode device"
-        )
     devices = [placement.device for placement in plan.placements]
-    return [
+    planned = [
         LocalNode(
             node_id=p.device if devices.count(p.device) == 1 else f"{p.device}.{p.engine}",
             engine=p.engine,
         )
         for p in plan.placements
     ]
+    decode = [placement.engine for placement in plan.placements if placement.role == "decode"]
+    if spares and not decode:
+        raise BundleError("the plan has no decode engine, so there is nothing that a spare could take over")
+    return [*planned, *(LocalNode(node_id=f"spare{n}", engine=decode[0], spare=True) for n in range(spares))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +99,7 @@ class NodeLauncher:
             *("--bundle", str(self.bundle)),
             *("--engine", node.engine),
             *("--node-id", node.node_id),
+            *(("--spare",) if node.spare else ()),
             "--exit-with-parent",
             *self.options,
         ]

@@ -2,25 +2,31 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from prometheus_client import start_http_server
 
-from edgellm.orchestrator.arguments import integer_from
+from edgellm.orchestrator.arguments import integer_from, positive
 from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import BundleError, ServedBundle, open_bundle
+from edgellm.orchestrator.core.config import CoreConfig, CoreConfigError
 from edgellm.orchestrator.core.values import NodeId
+from edgellm.orchestrator.journal import JournalError, JournalFile, Written
+from edgellm.orchestrator.journal_writer import JournalWriter
 from edgellm.orchestrator.local_nodes import LocalNode, NodeLauncher, NodeStartError, planned_nodes
 from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.server import ListenError, Orchestrator, can_serve, core_config, run_orchestrator
+
+AUTOMATIC = "automatic"
 
 
 class ReadyFileError(RuntimeError):
@@ -34,6 +40,12 @@ class ServeConfig:
     bundle: Path
     listen: str = "127.0.0.1:50051"
     local_nodes: bool = True
+    spares: int = 0
+    """Further local nodes, which hold copies and take over."""
+    hot_copies: bool = CoreConfig.hot_copies
+    dead_after_s: float = CoreConfig.dead_after_s
+    journal: Path | None = None
+    """None: there is none."""
     threads: int | None = None
     """Of each local node; None: its own default."""
     policy: str = "dual_pool"
@@ -51,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         asyncio.run(_serve(config))
-    except (BundleError, ListenError, NodeStartError, ReadyFileError) as error:
+    except (BundleError, CoreConfigError, JournalError, ListenError, NodeStartError, ReadyFileError) as error:
         print(f"edgellm-serve: {error}", file=sys.stderr)
         return 1
     return 0
@@ -67,6 +79,32 @@ def _parse(argv: Sequence[str] | None) -> ServeConfig:
         action="store_false",
         help="start no nodes here: wait for edgellm-node processes to join",
     )
+    parser.add_argument(
+        "--spares",
+        type=integer_from(0),
+        default=ServeConfig.spares,
+        help="further local nodes, to take over (%(default)s)",
+    )
+    parser.add_argument(
+        "--no-hot-copies",
+        dest="hot_copies",
+        action="store_false",
+        help="keep no copies of KV: when a decode node dies, prompts are read again",
+    )
+    parser.add_argument(
+        "--dead-after",
+        dest="dead_after_s",
+        type=positive,
+        default=ServeConfig.dead_after_s,
+        metavar="SECONDS",
+        help="silence after which a node is given up (%(default)s)",
+    )
+    parser.add_argument(
+        "--journal",
+        default=AUTOMATIC,
+        metavar="PATH",
+        help="what a restart goes on from; `off` for none (a file per bundle and port in ~/.local/state/edgellm)",
+    )
     parser.add_argument("--threads", type=integer_from(1), help="threads of each local node")
     parser.add_argument("--policy", choices=sorted(POLICIES), default=ServeConfig.policy)
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port")
@@ -74,17 +112,49 @@ def _parse(argv: Sequence[str] | None) -> ServeConfig:
         "--ready-file", type=Path, help="written as JSON once requests can come; with --no-local-nodes, once nodes can"
     )
     parser.add_argument("--verbose", action="store_true", help="log every state change")
-    return ServeConfig(**vars(parser.parse_args(argv)))
+    options = parser.parse_args(argv)
+    options.journal = _journal_path(options.journal, options.bundle, options.listen)
+    return ServeConfig(**vars(options))
+
+
+def _journal_path(choice: str, bundle: Path, listen: str) -> Path | None:
+    """By default a file of this bundle and port, so that the same command finds it again, and no other one does.
+
+    On a port that the system chooses there is none by default: nobody could find the server again either.
+    """
+    host, _, port = listen.rpartition(":")
+    if choice == "off" or (choice == AUTOMATIC and port in ("", "0")):
+        return None
+    if choice != AUTOMATIC:
+        return Path(choice)
+    return Path.home() / ".local" / "state" / "edgellm" / f"{bundle.resolve().name}-{host}-{port}.journal"
 
 
 async def _serve(config: ServeConfig) -> None:
     bundle = open_bundle(config.bundle)
-    nodes = planned_nodes(bundle.index.plan, bundle.index.model.num_layers) if config.local_nodes else []
+    nodes = planned_nodes(bundle.index.plan, config.spares) if config.local_nodes else []
+    bounds = replace(core_config(bundle), hot_copies=config.hot_copies, dead_after_s=config.dead_after_s)
     stop = _stop_on_signals()
-    async with run_orchestrator(bundle, core_config(bundle), POLICIES[config.policy](), config.listen) as running:
+    async with contextlib.AsyncExitStack() as stack:
+        journal, written = _open_journal(config, bundle, stack)
+        policy = POLICIES[config.policy]()
+        running = await stack.enter_async_context(
+            run_orchestrator(bundle, bounds, policy, config.listen, journal=journal, written=written)
+        )
         _start_metrics(config, running)
         async with beside(*_node_tasks(config, running, nodes), _announce(config, bundle, running, nodes)):
             await stop.wait()
+
+
+def _open_journal(
+    config: ServeConfig, bundle: ServedBundle, stack: contextlib.AsyncExitStack
+) -> tuple[JournalWriter | None, list[Written]]:
+    """The journal that is written from now on, and what it has already. Raises JournalError."""
+    if config.journal is None:
+        return None, []
+    file = JournalFile(config.journal, bundle.sha256)
+    written = file.read()
+    return stack.enter_context(JournalWriter(file, asyncio.get_running_loop())), written
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -64,7 +64,6 @@ def core_config(bundle: ServedBundle) -> CoreConfig:
         num_layers=bundle.index.model.num_layers,
         block_tokens=bundle.index.kv.block_tokens,
         stages=bundle.index.plan.stages,
-        hot_copies=False,
         first_epoch=int(EPOCHS_PER_S * (time.time() - EPOCH_ZERO_UNIX_S)),
     )
 

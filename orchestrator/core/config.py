@@ -24,9 +24,9 @@ class CoreConfig:
     heartbeat_interval_s: float = 0.1
     suspect_after_s: float = 0.3
     """Silence after which a node gets no new work."""
-    dead_after_s: float = 5.0
-    """Silence after which a node is given up. A reset stream is death at once; this bound is for stopped processes, and
-    is generous because a busy machine delays heartbeats."""
+    dead_after_s: float = 0.5
+    """Silence after which a node is given up. A reset stream is death at once; this bound is for stopped processes. It
+    is short because a false death costs little: copies take over, and the node joins again."""
     release_timeout_s: float = 30.0
     """A node that does not answer a release for so long is given up."""
     attempt_timeout_s: float = 120.0

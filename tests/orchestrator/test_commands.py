@@ -176,10 +176,11 @@ def test_planned_nodes_are_named_after_their_devices():
             for device, engine in placements
         )
     )
-    assert [(node.node_id, node.engine) for node in planned_nodes(plan, 4)] == [
-        ("nx", "prefill-0"),
-        ("nano.decode-0", "decode-0"),
-        ("nano.decode-1", "decode-1"),
+    assert [(node.node_id, node.engine, node.spare) for node in planned_nodes(plan, spares=1)] == [
+        ("nx", "prefill-0", False),
+        ("nano.decode-0", "decode-0", False),
+        ("nano.decode-1", "decode-1", False),
+        ("spare0", "prefill-0", True),
     ]
 
 
@@ -192,6 +193,7 @@ def planned_bundle(bundle, folder, *num_layers: int):
             "device": f"d{i}",
             "device_class": "cpu-local",
             "role": "decode",
+            "first_layer": sum(num_layers[:i]),
             "num_layers": layers,
         }
         for i, layers in enumerate(num_layers)
@@ -201,11 +203,11 @@ def planned_bundle(bundle, folder, *num_layers: int):
     return folder
 
 
-def test_a_plan_in_stages_is_served_by_no_local_nodes(bundle, tmp_path, capsys):
-    staged = planned_bundle(bundle, tmp_path / "staged", 2, 2)
-    assert serve.main(["--bundle", str(staged), "--listen", "127.0.0.1:0"]) == 1
+def test_stages_that_do_not_cut_the_model_are_refused(bundle, tmp_path, capsys):
+    gap = planned_bundle(bundle, tmp_path / "gap", 2, 1)
+    assert serve.main(["--bundle", str(gap), "--listen", "127.0.0.1:0"]) == 1
     error = capsys.readouterr().err
-    assert "2 stages, and nodes do not serve stages yet: build the bundle again for a cluster with one" in error
+    assert "the stages ['0-1', '2-2'] do not cut 4 layers" in error
     assert error.count("\n") == 1
 
 
