@@ -130,4 +130,22 @@ def _import_cpu() -> _Backend:
     return _Backend(version=BACKEND_VERSION, create=create)
 
 
-_BACKENDS: Final[Mapping[str, Callable[[], _Backend]]] = {"cpu": _import_cpu}
+def _import_tensorrt() -> _Backend:
+    from edgellm.engines.tensorrt.api import TensorRtError, find_api
+    from edgellm.engines.tensorrt.load import load_engine as load_tensorrt
+
+    def create(
+        folder: Path, spec: EngineSpec, pool: HostKvPool, _threads: int | None, sum_over_ranks: SumOverRanks | None
+    ) -> Engine:
+        try:
+            return load_tensorrt(folder, spec, pool, sum_over_ranks)
+        except TensorRtError as error:
+            raise BundleError(f"engine {spec.name}: {error}") from error
+
+    try:
+        return _Backend(version=find_api().version, create=create)
+    except TensorRtError as error:
+        raise BundleError(str(error)) from error
+
+
+_BACKENDS: Final[Mapping[str, Callable[[], _Backend]]] = {"cpu": _import_cpu, "tensorrt": _import_tensorrt}

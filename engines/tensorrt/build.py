@@ -21,7 +21,7 @@ class BuiltEngine:
     data: bytes
     compute_capability: tuple[int, int]
     timing_cache: bytes
-    """What the next build of such a network need not measure again; empty where the module keeps none."""
+    """What the next build of such a network need not measure again; empty where the module measures nothing."""
 
 
 def build_engine(
@@ -38,20 +38,16 @@ def build_engine(
     config.profiling_verbosity = api.trt.ProfilingVerbosity.DETAILED
     config.add_optimization_profile(_profile(emitted))
     capability = set_target(api, config, device_class)
-    cache = config.create_timing_cache(timing_cache)
-    if cache is not None:
-        config.set_timing_cache(cache, False)
+    measures = api.product == "tensorrt"  # RTX chooses kernels on the device, where it keeps a runtime cache
+    if measures:
+        config.set_timing_cache(config.create_timing_cache(timing_cache), False)
     if progress is not None:
         config.progress_monitor = _monitor(api, progress)
     data = emitted.builder.build_serialized_network(emitted.network, config)
     if data is None:
         raise TensorRtError(f"{api.version} did not build the network for {device_class}; its messages above say why")
-    kept = config.get_timing_cache()
-    return BuiltEngine(
-        data=bytes(data),
-        compute_capability=capability,
-        timing_cache=b"" if kept is None else bytes(kept.serialize()),
-    )
+    kept = bytes(config.get_timing_cache().serialize()) if measures else b""
+    return BuiltEngine(data=bytes(data), compute_capability=capability, timing_cache=kept)
 
 
 def _profile(emitted: EmittedNetwork) -> Any:

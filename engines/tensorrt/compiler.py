@@ -54,7 +54,8 @@ def compile_engine(
         file = f"{number:03}.engine"
         (folder / file).write_bytes(built.data)
         networks.append(describe(emitted, file, len(built.data)))
-    (folder / TIMING_CACHE).write_bytes(timing_cache)
+    if timing_cache:
+        (folder / TIMING_CACHE).write_bytes(timing_cache)
     manifest = EngineManifest(
         version=api.version,
         compute_capability=capability_text(built.compute_capability),

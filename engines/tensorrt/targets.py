@@ -66,3 +66,14 @@ def set_target(api: Api, config: Any, device_class: str) -> tuple[int, int]:
 def _parse(member: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"SM(\d+)(\d)", member)
     return None if found is None else (int(found[1]), int(found[2]))
+
+
+def require_device(built_for: str, device: tuple[int, int]) -> None:
+    """Raise TensorRtError unless code for compute capability `built_for`, such as `8.6`, runs on a device of another:
+    of the same major version, and no lower a minor one."""
+    major, minor = (int(part) for part in built_for.split("."))
+    if device[0] != major or device[1] < minor:
+        raise TensorRtError(
+            f"this engine is for compute capability {built_for}, the GPU here has {capability_text(device)}; "
+            f"rebuild the bundle with --target sm{device[0]}{device[1]}, or for this board's class"
+        )

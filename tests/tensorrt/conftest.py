@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -83,20 +83,25 @@ class Model:
         attention = next(op for op in self.graph.ops if isinstance(op, Attention))
         return KvContract(num_layers=self.graph.num_layers, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
 
-    def reference(self) -> ReferenceEngine:
-        """float32 throughout, KV too."""
+    def reference(self, *, float32_kv: bool = True) -> ReferenceEngine:
+        """float32 throughout, KV too unless asked otherwise."""
         pool = HostKvPool(self.contract, range(self.graph.num_layers), NUM_BLOCKS)
         spec = reference_spec(self.graph, LIMITS)
-        return ReferenceEngine(self.graph, self.weights, spec=spec, pool=pool, float32_kv=True)
+        return ReferenceEngine(self.graph, self.weights, spec=spec, pool=pool, float32_kv=float32_kv)
 
 
-def make_model(kind: str, precision: Precision, seed: int = 0) -> Model:
+def make_model(kind: str, precision: Precision, seed: int = 0, *, act_bits: Literal[4, 8, 16] = 16) -> Model:
     """`kind` is one of CONFIGS."""
     graph = build_graph(read_config(CONFIGS[kind]))
     if precision == "int4":
-        graph = quantized_graph(graph, QuantizeOptions(group_size=32, act_bits=16, outliers=4))
+        graph = quantized_graph(graph, QuantizeOptions(group_size=32, act_bits=act_bits, outliers=4))
     random = np.random.default_rng(seed)
-    dense = {name: _half(random.normal(0, 0.2, shape)) for name, shape in sorted(weight_shapes(graph).items())}
+    shapes = sorted(weight_shapes(graph).items())
+    return quantize(graph, {name: _half(random.normal(0, 0.2, shape)) for name, shape in shapes})
+
+
+def quantize(graph: Graph, dense: Mapping[WeightName, FloatArray]) -> Model:
+    """Weights rounded to nearest, in the forms that the graph's ops ask for."""
     weights: dict[WeightName, Weight] = dict(dense)
     for op in graph.ops:
         if isinstance(op, Linear | Embed) and isinstance(op.precision, Int8):
@@ -232,6 +237,7 @@ class Kit:
     decode: Bounds = DECODE
     limits: EngineLimits = LIMITS
     model: Callable[..., Model] = make_model
+    quantized: Callable[..., Model] = quantize
     emit: Callable[..., list[EmittedNetwork]] = emit_whole
     evaluated: Callable[..., TensorRtEngine] = evaluated
     offering: Callable[..., Api] = offering
