@@ -1,8 +1,7 @@
 """What a node does with commands, finished steps and arriving KV: no I/O, no clock of its own, one thread."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from edgellm.engines.load import engine_layers
 from edgellm.runtime.answers import Answers
@@ -11,18 +10,17 @@ from edgellm.runtime.batching.decode import TokenGenerated
 from edgellm.runtime.batching.prefill import PromptProgress
 from edgellm.runtime.batching.steps import Step, StepOutput
 from edgellm.runtime.checks import RefusedError, check_capacity, check_request
-from edgellm.runtime.kv.copying.holder import Admission
 from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.inbox import PromptPart
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.kv.transfer import Arrivals, Copies, TransferError, Transfers
+from edgellm.runtime.kv.transfer import TransferError
 from edgellm.runtime.kv.types import Attempt, HeldKv, KvCopy, NodeId, TransferStats
 from edgellm.runtime.lanes import DecodeLane, Lane, Lanes, PlannedStep, PrefillLane, StageLane
+from edgellm.runtime.lifecycle import Exchanges, Lifecycle
 from edgellm.runtime.messages import (
     CopyLost,
     Decode,
     Event,
-    FailureKind,
     Hold,
     KvCopied,
     KvSent,
@@ -31,26 +29,17 @@ from edgellm.runtime.messages import (
     PrefillDone,
     Protect,
     Release,
-    Released,
-    RequestFailed,
     Tokens,
 )
 from edgellm.runtime.readings import STAYED, Reading, Readings
-from edgellm.runtime.stages.messages import StageLinks, StageResult, StageStep, StepSource
+from edgellm.runtime.stages.messages import StageResult, StageStep, StepSource
 from edgellm.runtime.stages.pipelines import Pipelines
 
 _log = logging.getLogger(__name__)
 
 
 class Node:
-    """All requests of one node, by attempt.
-
-    `transfers`, `arrivals`, `copies` and `links` are set before the first command.
-    """
-
-    transfers: Transfers
-    arrivals: Arrivals
-    copies: Copies
+    """All requests of one node, by attempt. Needs `connect` before the first command."""
 
     def __init__(
         self,
@@ -70,20 +59,25 @@ class Node:
         self._holdings = holdings
         self._emit = emit
         self._wake = wake
-        self._lease_s = lease_s
         self._attempts = Attempts()
         self._readings = Readings(ledger, node_id, lanes.num_layers)
         self._answers = Answers(node_id, ledger, holdings, lanes)
         self._pipelines = Pipelines(self._answers, lanes, self._attempts)
+        self.lifecycle = Lifecycle(
+            attempts=self._attempts,
+            readings=self._readings,
+            answers=self._answers,
+            lanes=lanes,
+            ledger=ledger,
+            holdings=holdings,
+            emit=emit,
+            wake=wake,
+            lease_s=lease_s,
+        )
 
-    @property
-    def links(self) -> StageLinks:
-        """Streams to the nodes of later stages."""
-        return self._pipelines.links
-
-    @links.setter
-    def links(self, links: StageLinks) -> None:
-        self._pipelines.links = links
+    def connect(self, exchanges: Exchanges) -> None:
+        self._exchanges = self.lifecycle.exchanges = exchanges
+        self._pipelines.links = exchanges.links
 
     @property
     def waiting(self) -> int:
@@ -103,9 +97,9 @@ class Node:
     # Commands
 
     def prefill(self, command: Prefill) -> None:
-        if not self._admit_command(command.attempt, is_known=self._attempts.is_live(command.attempt)):
+        if not self.lifecycle.admit_command(command.attempt, is_known=self._attempts.is_live(command.attempt)):
             return
-        with self._failing(command.attempt):
+        with self.lifecycle.failing(command.attempt):
             lane = self.lanes.degraded if command.degraded else self.lanes.half
             if lane is None:
                 raise RefusedError("engine", f"this node has no engine for a {'degraded ' * command.degraded}prefill")
@@ -114,16 +108,16 @@ class Node:
             check_capacity(self._ledger, self._readings.reserve_tokens(reading))
             _log.info("prefill queued %s prompt_tokens=%d", command.attempt, len(command.prompt))
             self._readings.add(reading)
-            self._start_readings()
+            self.lifecycle.start_readings()
 
     def decode(self, command: Decode, now_s: float) -> None:
-        if not self._admit_command(
+        if not self.lifecycle.admit_command(
             command.attempt, is_known=command.attempt in self._answers, resume_from=command.resume_from
         ):
             return
-        with self._failing(command.attempt):
+        with self.lifecycle.failing(command.attempt):
             if command.resume_from is not None:
-                self._take_over(command.attempt, command.resume_from, command.resume_tokens)
+                self.lifecycle.take_over(command.attempt, command.resume_from, command.resume_tokens)
             _log.info("decode queued %s known_tokens=%d", command.attempt, len(command.generated))
             self._attempts.decided(command.attempt)
             self._answers.add(command, now_s)
@@ -132,10 +126,10 @@ class Node:
                 raise RefusedError("transfer", f"fewer than {command.resume_tokens} positions of its KV are here")
 
     def hold(self, command: Hold) -> None:
-        if not self._admit_command(command.attempt, is_known=False, resume_from=command.resume_from):
+        if not self.lifecycle.admit_command(command.attempt, is_known=False, resume_from=command.resume_from):
             return
         try:
-            self._take_over(command.attempt, command.resume_from, command.resume_tokens)
+            self.lifecycle.take_over(command.attempt, command.resume_from, command.resume_tokens)
         except RefusedError as refusal:
             _log.warning("nothing to hold %s reason=%s", command.attempt, refusal)
         self.report_copies()
@@ -145,40 +139,7 @@ class Node:
             self._keep_copies(command.attempt, command.copies)
 
     def release(self, command: Release) -> None:
-        live = self._attempts.live(command.attempt.request_id)
-        self._attempts.release(command.attempt)
-        if live is not None and live.epoch <= command.attempt.epoch:
-            _log.info("released %s", live)
-            self._drop(live)
-        self._answer_releases()
-
-    def drop_everything(self) -> None:
-        """Nobody will ask for anything of it."""
-        for attempt in self._attempts:
-            self._drop(attempt)
-        self._attempts.forget_stale()
-
-    def orchestrator_lost(self, now_s: float) -> None:
-        """Answers stall, and what has KV waits for another orchestrator; the rest is of no use to it."""
-        with_kv = {held.attempt for held in self._holdings.held()}
-        for attempt in self._attempts:
-            if attempt in with_kv and not self._answers.is_waiting(attempt):
-                self._stall(attempt, now_s)
-            else:
-                self._drop(attempt)
-        self._attempts.forget_stale()
-
-    def expire(self, now_s: float) -> None:
-        """Fail requests whose KV did not arrive in time, and let go of what nobody decided about."""
-        for decode in self._answers.late(now_s):
-            message = f"the prompt's KV did not arrive within {decode.kv_timeout_s} s"
-            self._fail(decode.attempt, "transfer", message)
-        self._lease_copies(now_s)
-        for attempt in self._attempts.undecided(now_s):
-            if attempt in self._answers:
-                self._fail(attempt, "transfer", f"it stalled, and nobody resumed it within {self._lease_s} s")
-            else:
-                self._end(attempt)
+        self.lifecycle.release(command.attempt)
 
     # Steps
 
@@ -188,7 +149,7 @@ class Node:
         if planned is not None:
             self._ledger.pin(planned.step.attempts)
             for job in self._readings.step_planned(planned.step.attempts, now_s):
-                self.transfers.start(job)
+                self._exchanges.transfers.start(job)
         return planned
 
     def step_ended(self, planned: PlannedStep, output: StepOutput, now_s: float) -> None:
@@ -207,8 +168,8 @@ class Node:
             case StageLane():
                 self._computed(step, engine_layers(planned.engine.spec))
                 self._tokens_generated(self._pipelines.ended(output))
-        self._answer_releases()
-        self._start_readings()
+        self.lifecycle.answer_releases()
+        self.lifecycle.start_readings()
 
     def step_failed(self, planned: PlannedStep, message: str) -> None:
         """The engine refused the step: none of its requests goes on."""
@@ -216,8 +177,8 @@ class Node:
         if isinstance(planned.lane, StageLane):
             self._pipelines.failed(message)
         else:
-            self._fail_live(planned.step.attempts, message)
-        self._answer_releases()
+            self.lifecycle.fail_live(planned.step.attempts, message)
+        self.lifecycle.answer_releases()
 
     def step_abandoned(self, planned: PlannedStep) -> None:
         """The step's outcome will not be committed; nothing uses its blocks any more."""
@@ -237,41 +198,21 @@ class Node:
     def stage_result(self, result: StageResult, now_s: float) -> None:
         """A later stage has answered a step."""
         effects = self._pipelines.result(result)
-        self._fail_live(effects.failed, effects.error)
+        self.lifecycle.fail_live(effects.failed, effects.error)
         for attempt in effects.stalled:
-            self._stall(attempt, now_s)
+            self.lifecycle.stall(attempt, now_s)
         self._wake()
 
     def stage_broken(self, peer: NodeId, now_s: float) -> None:
         """The stream to a later stage has broken: what was on it is lost, and nothing else."""
         stalled = tuple(attempt for attempt in self._pipelines.broken(peer) if attempt in self._answers)
         for attempt in stalled:
-            self._stall(attempt, now_s)
+            self.lifecycle.stall(attempt, now_s)
         if stalled:
             _log.warning("pipeline broken peer=%s stalled=%d", peer, len(stalled))
             self._emit(PipelineBroken(peer=peer, attempts=stalled))
 
     # The KV exchange
-
-    def admit(self, attempt: Attempt) -> bool:
-        """Whether an attempt may take room here; older epochs of its request lose theirs."""
-        if not self._attempts.fence.admits(attempt):
-            return False
-        live = self._attempts.live(attempt.request_id)
-        if live is not None and live != attempt:
-            self._drop(live)
-        self._attempts.enter(attempt)
-        return True
-
-    def admit_copy(self, attempt: Attempt) -> Admission:
-        """Like `admit`, but an older epoch is not dropped: its copies may become the newer one's."""
-        live = self._attempts.live(attempt.request_id)
-        if not self._attempts.fence.admits(attempt):
-            return "stale"
-        if live is not None and live != attempt:
-            return "early"
-        self._attempts.enter(attempt)
-        return "admitted"
 
     def kv_complete(self, attempt: Attempt, part: PromptPart) -> None:
         """All KV of these layers of the attempt's prompt is in the pool."""
@@ -279,17 +220,17 @@ class Node:
         if part.backup:
             self.report_copies([attempt])
         else:
-            with self._failing(attempt):
+            with self.lifecycle.failing(attempt):
                 self._start_answer(attempt)
 
     def kv_lost(self, attempt: Attempt, part: PromptPart) -> None:
         """The sender has gone before the KV of these layers was complete."""
         if part.backup:
             return
-        self._forget_kv(attempt)
-        with self._failing(attempt):
+        self.lifecycle.forget_kv(attempt)
+        with self.lifecycle.failing(attempt):
             self._answers.kv_lost(attempt)
-        self._start_readings()
+        self.lifecycle.start_readings()
 
     def kv_sent(self, attempt: Attempt, stats: TransferStats) -> None:
         """All targets but backups have the prompt's KV."""
@@ -299,12 +240,12 @@ class Node:
         )
 
     def kv_not_sent(self, attempt: Attempt, error: TransferError) -> None:
-        self._fail(attempt, error.kind, str(error), error.peer)
+        self.lifecycle.fail(attempt, error.kind, str(error), error.peer)
 
     def transfers_over(self, attempt: Attempt) -> None:
         """Nothing more of the prompt is on its way. Copies of it may come back here, so it is not stale."""
         if not self._readings.stays(attempt):
-            self._drop(attempt)
+            self.lifecycle.drop(attempt)
 
     def copy_lost(self, attempt: Attempt, holder: NodeId, layers: range, message: str) -> None:
         """A copy is not kept up any more; the request goes on without."""
@@ -321,23 +262,6 @@ class Node:
 
     # Inside
 
-    def _admit_command(self, attempt: Attempt, *, is_known: bool, resume_from: Attempt | None = None) -> bool:
-        """An attempt that resumes takes over what would else be dropped for it."""
-        if is_known or not (self._attempts.fence.admits(attempt) if resume_from else self.admit(attempt)):
-            _log.info("command ignored %s reason=%s", attempt, "repeated" if is_known else "stale")
-            return False
-        return True
-
-    def _take_over(self, attempt: Attempt, old: Attempt, tokens: int) -> None:
-        """KV of an older attempt becomes this one's. Raises RefusedError if there is none."""
-        if not self._attempts.is_live(old) or old not in self._ledger:
-            self.admit(attempt)
-            raise RefusedError("transfer", f"KV of {old} is not here")
-        self._detach(old)
-        self._holdings.rename(old, attempt, tokens)
-        self._attempts.enter(attempt)
-        _log.info("took over %s from_epoch=%d tokens=%d", attempt, old.epoch, tokens)
-
     def _start_answer(self, attempt: Attempt) -> None:
         """Let an answer run as soon as its KV is here. Raises RefusedError if too little room was reserved."""
         if (answer := self._answers.start_ready(attempt)) is not None:
@@ -346,11 +270,7 @@ class Node:
 
     def _keep_copies(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
         if own := [copy for copy in copies if copy.source == self.node_id]:
-            self.copies.start(attempt, own)
-
-    def _start_readings(self) -> None:
-        self._readings.start_fitting()
-        self._wake()
+            self._exchanges.copies.start(attempt, own)
 
     def _plan(self, lane: Lane, now_s: float) -> PlannedStep | None:
         if isinstance(lane, StageLane):
@@ -362,10 +282,10 @@ class Node:
         for segment in step.segments:
             if self._attempts.is_live(segment.attempt):
                 self._holdings.computed(segment.attempt, layers, segment.end)
-                self.copies.advance(segment.attempt, layers, segment.end)
+                self._exchanges.copies.advance(segment.attempt, layers, segment.end)
 
     def _prompt_progressed(self, progress: PromptProgress, now_s: float) -> None:
-        self.transfers.advance(progress.attempt, progress.computed)
+        self._exchanges.transfers.advance(progress.attempt, progress.computed)
         if not progress.finished:
             return
         reading = self._readings.finish(progress.attempt)
@@ -380,7 +300,7 @@ class Node:
         )
         _log.info("prefill done %s prefill_ms=%.1f", progress.attempt, prefill_ms)
         if progress.first_token is not None and progress.first_token.finish is not None:
-            self._end(progress.attempt)
+            self.lifecycle.end(progress.attempt)
             return
         if self._readings.is_sent_nowhere(reading):
             self.kv_sent(progress.attempt, STAYED)
@@ -394,63 +314,4 @@ class Node:
         for one in generated:
             if one.token.finish is not None:
                 _log.info("finished %s reason=%s tokens=%d", one.attempt, one.token.finish, one.token.index + 1)
-                self._end(one.attempt)
-
-    @contextmanager
-    def _failing(self, attempt: Attempt) -> Iterator[None]:
-        """A refusal inside fails the attempt."""
-        try:
-            yield
-        except RefusedError as refusal:
-            self._fail(attempt, refusal.kind, str(refusal))
-
-    def _fail(self, attempt: Attempt, kind: FailureKind, message: str, peer: NodeId | None = None) -> None:
-        _log.warning("failed %s kind=%s message=%s", attempt, kind, message)
-        self._emit(RequestFailed(attempt=attempt, kind=kind, message=message, peer=peer))
-        self._end(attempt)
-
-    def _fail_live(self, attempts: Sequence[Attempt], message: str) -> None:
-        for attempt in attempts:
-            if self._attempts.is_live(attempt):
-                self._fail(attempt, "engine", message)
-
-    def _stall(self, attempt: Attempt, now_s: float) -> None:
-        self._answers.stall(attempt)
-        self._attempts.await_decision(attempt, now_s + self._lease_s)
-
-    def _lease_copies(self, now_s: float) -> None:
-        """Copies that nobody adds to or takes over are kept for the lease."""
-        for attempt in self._holdings.take_fed():
-            if attempt not in self._answers:
-                self._attempts.await_decision(attempt, now_s + self._lease_s)
-
-    def _end(self, attempt: Attempt) -> None:
-        """Nothing more of this attempt is wanted here."""
-        self._attempts.fence.close(attempt)
-        self._drop(attempt)
-
-    def _drop(self, attempt: Attempt) -> None:
-        """Take the attempt out of everything that may hold it; its blocks are free when no step uses them."""
-        self._detach(attempt)
-        self._forget_kv(attempt)
-        self._start_readings()
-
-    def _detach(self, attempt: Attempt) -> None:
-        """Out of everything but its KV."""
-        self._attempts.leave(attempt)
-        self._readings.drop(attempt)
-        self._answers.drop(attempt)
-        self.transfers.cancel(attempt)
-        self.arrivals.forget(attempt)
-        self.copies.stop(attempt)
-        self.lanes.remove(attempt)
-
-    def _forget_kv(self, attempt: Attempt) -> None:
-        self.arrivals.forget(attempt)
-        self._holdings.drop(attempt)
-        self._ledger.drop(attempt)
-
-    def _answer_releases(self) -> None:
-        """Answer once no block of the request is held any more, by this epoch or an older one."""
-        for attempt in self._attempts.answered(self._ledger.attempts):
-            self._emit(Released(attempt=attempt))
+                self.lifecycle.end(one.attempt)

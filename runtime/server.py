@@ -27,6 +27,7 @@ from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.links import CHANNEL_OPTIONS, KvLinks, LinkConfig
 from edgellm.runtime.kv.sender import KvSender, SenderHooks
 from edgellm.runtime.kv.servicer import KvExchangeServicer
+from edgellm.runtime.lifecycle import Exchanges
 from edgellm.runtime.loading import NodeEngines, make_lanes
 from edgellm.runtime.metrics import NodeMetrics
 from edgellm.runtime.node import Node
@@ -67,14 +68,18 @@ class NodeServer:
         )
         self._engine_loop = EngineLoop(self.node, work, self.metrics.step_ended)
         self._inbox = KvInbox(
-            ledger=self.ledger, admit=self.node.admit, on_complete=self.node.kv_complete, on_lost=self.node.kv_lost
+            ledger=self.ledger,
+            admit=self.node.lifecycle.admit,
+            on_complete=self.node.kv_complete,
+            on_lost=self.node.kv_lost,
         )
-        self._holder = CopyHolder(holdings=self.holdings, admit=self.node.admit_copy)
+        self._holder = CopyHolder(holdings=self.holdings, admit=self.node.lifecycle.admit_copy)
         self._links = self._make_links()
         self._sender, self._replicator = self._make_sender(), self._make_replicator()
         self._streams = self._make_streams()
-        self.node.transfers, self.node.arrivals = self._sender, self._inbox
-        self.node.copies, self.node.links = self._replicator, self._streams
+        self.node.connect(
+            Exchanges(transfers=self._sender, arrivals=self._inbox, copies=self._replicator, links=self._streams)
+        )
         self._join = JoinClient(
             config.join,
             JoinHooks(
@@ -99,7 +104,7 @@ class NodeServer:
                     self._until_crashed(),
                 )
         finally:
-            self.node.drop_everything()
+            self.node.lifecycle.drop_everything()
             await self._streams.close()
             await self._replicator.close()
             await self._sender.close()
@@ -214,11 +219,11 @@ class NodeServer:
                 assert_never(command)
 
     def _lost(self) -> None:
-        self.node.orchestrator_lost(time.monotonic())
+        self.node.lifecycle.orchestrator_lost(time.monotonic())
 
     async def _tick(self) -> None:
         while True:
-            self.node.expire(time.monotonic())
+            self.node.lifecycle.expire(time.monotonic())
             if self._config.parent_pid not in (None, os.getppid()):
                 raise NodeError("the process that started this node has ended")
             await asyncio.sleep(_TICK_S)

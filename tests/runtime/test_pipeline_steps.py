@@ -17,6 +17,7 @@ from edgellm.runtime.kv.inbox import PromptPart
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.types import Attempt, NodeId, RequestId, Stage
 from edgellm.runtime.lanes import Lanes
+from edgellm.runtime.lifecycle import Exchanges
 from edgellm.runtime.messages import Decode, Event, PipelineBroken, Release, Released, RequestFailed, Tokens
 from edgellm.runtime.node import Node
 from edgellm.runtime.stages.messages import StageResult, StageStep
@@ -85,8 +86,7 @@ class Machine:
             ledger=self.ledger, holdings=self.holdings, emit=self.events.append, wake=lambda: None,
         )  # fmt: skip
         nothing = Nothing()
-        self.node.transfers = self.node.arrivals = self.node.copies = nothing
-        self.node.links = self
+        self.node.connect(Exchanges(transfers=nothing, arrivals=nothing, copies=nothing, links=self))
 
     def send(self, leg: Leg, step: StageStep) -> None:
         there = self.network.nodes[leg.node_id]
@@ -95,7 +95,7 @@ class Machine:
 
     def install(self, attempt: Attempt, source: HostKvPool, blocks: list[int], tokens: int, layers: range) -> None:
         """What the KV exchange does."""
-        assert self.node.admit(attempt)
+        assert self.node.lifecycle.admit(attempt)
         if attempt not in self.ledger:
             self.ledger.reserve(attempt, MAX_SEQ_LEN // 4)
         mine = self.ledger.blocks(attempt)[: len(blocks)]
