@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="percentiles of TTFT and TPOT, and throughput, of a workload")
     run.add_argument("--trace", type=Path, help="JSON lines of {arrival_s, prompt_tokens, max_tokens}")
     run.add_argument("--rate", type=positive, default=RunConfig.rate, help="requests per second (%(default)s)")
-    for name in ("count", "prompt_tokens", "max_tokens", "prefill_nodes", "decode_nodes", "kv_blocks", "seed"):
+    numbers = ("count", "prompt_tokens", "max_tokens", "prefill_nodes", "decode_nodes", "decode_stages")
+    for name in (*numbers, "kv_blocks", "seed"):
         smallest = 0 if name == "seed" else 1
         run.add_argument(
             _option(name), type=integer_from(smallest), default=getattr(RunConfig, name), help="(%(default)s)"

@@ -18,8 +18,17 @@ FaultKind: TypeAlias = Literal[
 leaves a fiftieth of the bandwidth. The last four befall messages that the first sends."""
 
 ORCHESTRATOR = "orchestrator"
-_OF_NODES: tuple[FaultKind, ...] = get_args(FaultKind)
-_OF_THE_ORCHESTRATOR: tuple[FaultKind, ...] = ("pause", "clock jump", "delay")
+_OF_NODES: tuple[FaultKind, ...] = (
+    *get_args(FaultKind),
+    "crash",
+    "crash",
+    "crash",
+    "crash",
+    "pause",
+    "cut",
+    "partition",
+)
+_OF_THE_ORCHESTRATOR: tuple[FaultKind, ...] = ("pause", "clock jump", "delay", "crash", "crash", "crash")
 _CHANCE = 0.15
 """Of a mishap, per message."""
 
@@ -39,19 +48,21 @@ class Fault:
         return f"{self.kind} {self.victim}{other} at {self.start_s:.3f} s for {self.duration_s:.3f} s"
 
 
-def draw_faults(rng: random.Random, nodes: Sequence[str], horizon_s: float, most: int) -> list[Fault]:
-    """Some follow on each other's heels."""
+def draw_faults(
+    rng: random.Random, nodes: Sequence[str], horizon_s: float, *, most: int, of_orchestrator: float
+) -> list[Fault]:
+    """Some follow on each other's heels. `of_orchestrator`: the share that befalls the orchestrator."""
     faults: list[Fault] = []
     for _ in range(rng.randint(0, most)):
         start_s = rng.uniform(0.0, horizon_s)
         if faults and rng.random() < 0.3:
             start_s = faults[-1].start_s + rng.uniform(0.0, 0.1)
-        faults.append(_draw_fault(rng, nodes, start_s))
+        faults.append(_draw_fault(rng, nodes, start_s, of_orchestrator))
     return faults
 
 
-def _draw_fault(rng: random.Random, nodes: Sequence[str], start_s: float) -> Fault:
-    victim = ORCHESTRATOR if rng.random() < 0.1 else rng.choice(nodes)
+def _draw_fault(rng: random.Random, nodes: Sequence[str], start_s: float, of_orchestrator: float) -> Fault:
+    victim = ORCHESTRATOR if rng.random() < of_orchestrator else rng.choice(nodes)
     others = [name for name in (*nodes, ORCHESTRATOR) if name != victim]
     return Fault(
         kind=rng.choice(_OF_THE_ORCHESTRATOR if victim == ORCHESTRATOR else _OF_NODES),
@@ -136,7 +147,8 @@ def _disturb(victim: Machine, fault: Fault) -> None:
         case "slow":
             victim.process.slowness = 4.0
         case _:
-            victim.process.wall_clock_jump_s += -3600.0 if fault.duration_s < 0.4 else 3600.0
+            victim.wall_clock_jump_s += -3600.0 if fault.duration_s < 0.4 else 3600.0
+            victim.process.wall_clock_jump_s = victim.wall_clock_jump_s
 
 
 def _terminate(victim: Machine) -> None:

@@ -20,13 +20,14 @@ from edgellm.orchestrator.sim.story import Story
 from edgellm.orchestrator.sim.toy import VOCAB
 from edgellm.orchestrator.sim.world import World, simulated_world
 
-HORIZON_S = 1.5
-"""Requests arrive and faults begin in this time."""
+ARRIVALS_S = 0.8
+FAULTS_S = 1.5
+"""Requests arrive, and faults begin, until then."""
 LONGEST_S = 60.0
 """By then everything must have ended: faults are over after 4 s, and no single wait is longer than 10 s."""
 LINK = LinkModel(latency_s=0.001, bytes_per_s=2e6)
 STORY_LINES = 60
-_PREFILL = DeviceModel(read_token_s=0.0005, step_s=0.01, row_s=0.001)
+_PREFILL = DeviceModel(read_token_s=0.0005, step_s=0.02, row_s=0.001)
 _DECODE = replace(_PREFILL, read_token_s=0.001)
 _PREFILL_NODE = NodePlan(name="", engine="prefill-tp0of1", device=_PREFILL, kv_blocks=0)
 _DECODE_NODE = NodePlan(name="", engine="", device=_DECODE, kv_blocks=0)
@@ -46,6 +47,8 @@ class Scenario:
 
     seed: int
     stages: int
+    journal: bool
+    """Only with a journal does the orchestrator crash."""
     nodes: tuple[NodePlan, ...]
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
@@ -67,9 +70,11 @@ def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
     stages = rng.choice((1, 1, 2, 3))
     nodes = _draw_nodes(rng, stages)
-    asks = tuple(_draw_ask(rng, number) for number in range(rng.randint(3, 12)))
-    faults = draw_faults(rng, [node.name for node in nodes], HORIZON_S, most=6)
-    return Scenario(seed=seed, stages=stages, nodes=nodes, asks=asks, faults=tuple(faults))
+    asks = tuple(_draw_ask(rng, number) for number in range(rng.randint(2, 7)))
+    journal = rng.random() < 0.3
+    names = [node.name for node in nodes]
+    faults = draw_faults(rng, names, FAULTS_S, most=6, of_orchestrator=0.3 if journal else 0.0)
+    return Scenario(seed=seed, stages=stages, journal=journal, nodes=nodes, asks=asks, faults=tuple(faults))
 
 
 def _draw_nodes(rng: random.Random, stages: int) -> tuple[NodePlan, ...]:
@@ -88,12 +93,12 @@ def _draw_nodes(rng: random.Random, stages: int) -> tuple[NodePlan, ...]:
 
 
 def _draw_ask(rng: random.Random, number: int) -> Ask:
-    at_s = rng.uniform(0.1, HORIZON_S)
+    at_s = rng.uniform(0.1, ARRIVALS_S)
     return Ask(
         name=f"r{number}",
         at_s=at_s,
-        prompt_tokens=rng.randint(1, 200),
-        max_tokens=rng.randint(1, rng.choice((10, 40))),
+        prompt_tokens=rng.randint(1, rng.choice((40, 200))),
+        max_tokens=rng.randint(1, rng.choice((8, 50))),
         temperature=rng.choice((0.0, 1.0)),
         stop_token_ids=(rng.randrange(VOCAB),) if rng.random() < 0.3 else (),
         deadline_s=rng.uniform(0.1, 3.0) if rng.random() < 0.2 else None,
@@ -120,7 +125,11 @@ def _bundle(num_stages: int) -> tuple[ServedBundle, TemporaryDirectory[str]]:
 def run_scenario(scenario: Scenario, policy: Callable[[], Policy], story: Story) -> Failure | None:
     """Run to the end, or to the first broken invariant."""
     bundle, _ = _bundle(scenario.stages)
-    with simulated_world(bundle, policy, _BOUNDS, seed=scenario.seed, link=LINK, story=story) as world:
+    with (
+        TemporaryDirectory() as folder,
+        simulated_world(bundle, policy, _BOUNDS, seed=scenario.seed, link=LINK, story=story) as world,
+    ):
+        world.orchestrator.journal_folder = Path(folder) if scenario.journal else None
         try:
             _fill(world, scenario)
             world.run(LONGEST_S)

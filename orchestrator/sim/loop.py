@@ -125,11 +125,16 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             process.alive = True
             self.resume(process)
         with self._running():
-            for task in asyncio.all_tasks(self):
+            left = asyncio.all_tasks(self)
+            for task in left:
                 task.cancel()
             end_s = self._now_s + 1.0
-            while asyncio.all_tasks(self) and self._now_s < end_s and (self._ready or self._timers):
-                self._step()
+            while left and self._now_s < end_s:
+                while self._ready:
+                    self._step()
+                left = asyncio.all_tasks(self)
+                if self._timers:
+                    self._step()
 
     def _step(self) -> None:
         if self._ready:

@@ -14,8 +14,10 @@ from edgellm.engines.kv import HostKvPool
 from edgellm.engines.spec import EngineSpec, Phase
 from edgellm.orchestrator.bundle import ServedBundle, open_bundle
 from edgellm.orchestrator.core.policy import Policy
+from edgellm.orchestrator.journal import Written
 from edgellm.orchestrator.server import Orchestrator, core_config, run_orchestrator
 from edgellm.orchestrator.sim.device import DeviceModel
+from edgellm.orchestrator.sim.disk import SimulatedJournal
 from edgellm.orchestrator.sim.loop import KERNEL, Process, SimulatedLoop, spend
 from edgellm.orchestrator.sim.network import Network
 from edgellm.orchestrator.sim.toy import MAX_SEQ_LEN, VOCAB_SIZE, Spend, ToyEngine, toy_contract, toy_spec
@@ -160,6 +162,8 @@ class Machine:
         self.name = name
         self.process: Process | None = None
         self.history: list[Process] = []
+        self.wall_clock_jump_s = 0.0
+        """By which the machine's clock of the day is wrong."""
         self._loop = loop
         self._network = network
         network.port_of(name)
@@ -178,6 +182,7 @@ class Machine:
             self.process = Process(
                 name=self.name, pid=1000 + 1000 * self._network.port_of(self.name) + len(self.history)
             )
+            self.process.wall_clock_jump_s = self.wall_clock_jump_s
             self.history.append(self.process)
             task = self._loop.spawn(self.process, self.main())
             process = self.process
@@ -227,6 +232,8 @@ class SimulatedNode(Machine):
 
 
 class SimulatedOrchestrator(Machine):
+    """Keeps a journal in `journal_folder`, where one is given."""
+
     def __init__(
         self,
         loop: SimulatedLoop,
@@ -237,6 +244,8 @@ class SimulatedOrchestrator(Machine):
         watch: Callable[[Orchestrator], None],
     ) -> None:
         super().__init__(loop, network, "orchestrator")
+        self.journal_folder: Path | None = None
+        self._journal: SimulatedJournal | None = None
         self._bundle = bundle
         self._policy = policy
         self._bounds: Mapping[str, Any] = bounds
@@ -244,6 +253,18 @@ class SimulatedOrchestrator(Machine):
 
     async def main(self) -> None:
         config = dataclasses.replace(core_config(self._bundle), **self._bounds)
-        async with run_orchestrator(self._bundle, config, self._policy(), "127.0.0.1:0") as running:
+        written: list[Written] = []
+        if self.journal_folder is not None:
+            self._journal = SimulatedJournal(self.journal_folder / "journal", self._bundle.sha256, self._loop)
+            written = self._journal.file.read()
+        async with run_orchestrator(
+            self._bundle, config, self._policy(), "127.0.0.1:0", journal=self._journal, written=written
+        ) as running:
             self._watch(running)
-            await asyncio.get_running_loop().create_future()
+            await self._loop.create_future()
+
+    def kill(self) -> None:
+        super().kill()
+        if self._journal is not None:
+            self._journal.file.close()
+            self._journal = None

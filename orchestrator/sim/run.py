@@ -12,7 +12,7 @@ from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.policies.cost import CostModel
 from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.sim.clients import Ask
-from edgellm.orchestrator.sim.device import ModelCost, device_model, link_model
+from edgellm.orchestrator.sim.device import DeviceModel, ModelCost, device_model, link_model
 from edgellm.orchestrator.sim.machines import NodePlan, toy_bundle
 from edgellm.orchestrator.sim.network import LinkModel, Scale
 from edgellm.orchestrator.sim.report import Report, report
@@ -39,9 +39,12 @@ class RunConfig:
     max_tokens: int = 128
     prefill_nodes: int = 1
     decode_nodes: int = 2
+    decode_stages: int = 1
+    """Into which the model is cut; as many decode nodes carry it together."""
     prefill_class: str = "orin-nx-16gb"
     decode_class: str = "orin-nano-8gb"
     kv_blocks: int = 2048
+    """Of all layers, as far as a device's memory goes: of its stage's layers it holds as many more."""
     policy: str = "dual_pool"
     seed: int = 0
 
@@ -51,10 +54,10 @@ def simulate(config: RunConfig) -> Report:
     rng, cost, real = random.Random(config.seed), ModelCost(), link_model(config.decode_class)
     arrivals = _arrivals(config, rng)
     with TemporaryDirectory() as folder:
-        bundle = toy_bundle(Path(folder), num_layers=1)
-        scale = Scale(
-            kv=cost.kv_bytes_per_token / toy_contract(1).bytes_per_token, hidden=cost.hidden_size / HIDDEN_SIZE
-        )
+        stages = config.decode_stages
+        bundle = toy_bundle(Path(folder), num_layers=stages, num_stages=stages)
+        kv_scale = cost.kv_bytes_per_token / toy_contract(stages).bytes_per_token
+        scale = Scale(kv=kv_scale, hidden=cost.hidden_size / HIDDEN_SIZE)
         policy = _policy(config.policy, real, scale)
         story = Story(wanted=False)
         with simulated_world(
@@ -66,14 +69,12 @@ def simulate(config: RunConfig) -> Report:
 
 
 def _fill(world: World, config: RunConfig, cost: ModelCost, arrivals: list[Arrival]) -> None:
-    for phase, count, device_class in (
-        ("prefill-tp0of1", config.prefill_nodes, config.prefill_class),
-        ("decode-pp0of1", config.decode_nodes, config.decode_class),
-    ):
-        for number in range(count):
-            device = device_model(device_class, cost)
-            name = f"{phase.partition('-')[0]}{number}"
-            world.add_node(NodePlan(name=name, engine=phase, device=device, kv_blocks=config.kv_blocks))
+    stages, prefill, decode = config.decode_stages, config.prefill_class, config.decode_class
+    for number in range(config.prefill_nodes):
+        _add_node(world, f"prefill{number}", "prefill-tp0of1", device_model(prefill, cost), config.kv_blocks)
+    for number in range(config.decode_nodes):
+        engine = f"decode-pp{number % stages}of{stages}"
+        _add_node(world, f"decode{number}", engine, device_model(decode, cost), config.kv_blocks * stages)
     for number, arrival in enumerate(arrivals):
         world.add_client(
             Ask(
@@ -83,6 +84,10 @@ def _fill(world: World, config: RunConfig, cost: ModelCost, arrivals: list[Arriv
                 max_tokens=arrival.max_tokens,
             )
         )
+
+
+def _add_node(world: World, name: str, engine: str, device: DeviceModel, kv_blocks: int) -> None:
+    world.add_node(NodePlan(name=name, engine=engine, device=device, kv_blocks=kv_blocks))
 
 
 def _policy(name: str, link: LinkModel, scale: Scale) -> Callable[[], Policy]:
