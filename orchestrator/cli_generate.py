@@ -53,7 +53,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.encode(_as_dict(answer)).decode())
     elif args.stats:
-        _print_stats(answer)
+        print_stats(answer.finished)
     return _check(answer.finished)
 
 
@@ -75,7 +75,7 @@ def chat(args: argparse.Namespace) -> int:
             answer = _collect(events(stub, _request(args, messages)), show=True)
             messages.append(("assistant", answer.text))
             if args.stats:
-                _print_stats(answer)
+                print_stats(answer.finished)
             _check(answer.finished)
     return 0
 
@@ -178,8 +178,8 @@ def _as_dict(answer: Answer) -> dict[str, object]:
     }
 
 
-def _print_stats(answer: Answer) -> None:
-    finished = answer.finished
+def print_stats(finished: inference_pb2.Finished) -> None:
+    """What it took, for people, on standard error."""
     timing, kv = finished.timing, finished.kv
     sent = "kept on the node, nothing sent"
     if kv.transport:

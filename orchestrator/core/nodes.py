@@ -59,9 +59,9 @@ class Node:
 
     def why(self, now_s: float) -> str:
         """For people: the reason for its state."""
+        if now_s < max(self.suspect_until_s, self.unreachable_until_s):
+            return "a peer cannot reach it"
         if self.state == "draining":
-            if now_s < self.unreachable_until_s:
-                return "a peer cannot reach it"
             return f"decode steps take {self.step_times.factor:.1f} times as long as usual"
         return f"last heartbeat {1000 * (now_s - self.last_beat_s):.0f} ms ago"
 
