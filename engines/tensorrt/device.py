@@ -35,7 +35,8 @@ class DeviceNetworks:
         self.num_slots = num_slots
         self._manifest = manifest
         self._sum_over_ranks = sum_over_ranks
-        self._cuda, self._context = open_cuda(manifest.compute_capability)
+        self._cuda, self._context = open_cuda()
+        require_device(manifest.compute_capability, self._cuda.Device(0).compute_capability())
         with self._current():
             self._stream = self._cuda.Stream()
             self._caches = {tensor.name: self._zeros(tensor) for tensor in manifest.caches}
@@ -148,18 +149,15 @@ def _slot_bytes(tensor: TensorInfo) -> int:
     return 2 * kv_heads * capacity * head_dim
 
 
-def open_cuda(built_for: str) -> tuple[Any, Any]:
-    """pycuda's driver module, and the primary context of the first GPU, which must run code for compute capability
-    `built_for`. Raises TensorRtError."""
+def open_cuda() -> tuple[Any, Any]:
+    """pycuda's driver module, and the primary context of the first GPU. Raises TensorRtError if there is none."""
     try:
         cuda = importlib.import_module("pycuda.driver")
         cuda.init()
-        device = cuda.Device(0)
+        return cuda, cuda.Device(0).retain_primary_context()
     except ImportError as error:
         raise TensorRtError(
             f"TensorRT engines run through pycuda, which is not here ({error}); pip install pycuda"
         ) from error
     except cuda.Error as error:
         raise TensorRtError(f"no GPU can be used ({error}); run this engine where there is one") from error
-    require_device(built_for, device.compute_capability())
-    return cuda, device.retain_primary_context()

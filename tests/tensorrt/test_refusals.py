@@ -103,9 +103,9 @@ def test_a_machine_without_a_gpu_says_so(kit, api, tmp_path):
 def has_gpu():
     """Whether the driver answers, whatever it is."""
     try:
-        open_cuda("0.0")
-    except TensorRtError as error:
-        return "compute capability" in str(error)
+        open_cuda()
+    except TensorRtError:
+        return False
     return True
 
 
