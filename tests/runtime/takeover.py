@@ -122,7 +122,8 @@ class Request:
             self.nodes.running[part.carrier].joined.send(protect=protect)
 
     def resume(self, parts: Sequence[Part], *, tokens: int, holds: Sequence[str] = ()) -> None:
-        """A takeover: the next epoch, from the first `tokens` positions on."""
+        """A takeover: the next epoch, from the first `tokens` positions on, as far as all tokens before are known."""
+        tokens = min(tokens, len(self.prompt) + len(self.tokens) - 1)
         old, self.epoch, self.parts = attempt(self.name, self.epoch), self.epoch + 1, list(parts)
         command = decode(self.name, self.prompt, self.wish, self.tokens, epoch=self.epoch)
         command.stages.extend(self.nodes.stage(part) for part in parts)

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from edgellm.runtime.kv.types import Attempt
 from tests.runtime.conftest import LAYERS, attempt, eventually, one_by_one, random_prompt, staged_answer
 from tests.runtime.takeover import Part, Request, on_nodes
 
@@ -105,16 +106,42 @@ def test_a_holder_that_only_holds_follows_the_takeover():
     on_nodes(test, decoders("ac"))
 
 
-def test_a_takeover_of_more_than_is_held_is_refused():
+@pytest.mark.parametrize("holder", ["late", "stranger"])
+def test_a_takeover_of_more_than_is_held_is_refused(holder):
+    """Nobody ever copied to one of them; the copy of the other ends where it was lost."""
+
     async def test(nodes):
         request = Request(nodes, "r", PROMPT, MAX_TOKENS)
-        await request.begin("reader", [Part(ALL, "a", "b")])
+        await request.begin("reader", [Part(ALL, "a", "late")])
         await request.protected(tokens=len(PROMPT))
+        nodes.running["a"].server._replicator.stop(Attempt(request_id="r", epoch=0))
+        await request.read_tokens(MAX_TOKENS - 1)
         await nodes.kill("a")
-        request.resume([Part(ALL, "b")], tokens=len(PROMPT) + MAX_TOKENS)
+        request.resume([Part(ALL, holder)], tokens=len(PROMPT) + MAX_TOKENS)
         await eventually(request.failures)
         [failed] = request.failures()
         assert failed.attempt == attempt("r", 1)
+        await request.release()
+
+    on_nodes(test, decoders("a") | {name: {"phase": "decode"} for name in ("late", "stranger")})
+
+
+def test_a_node_that_gives_its_stage_away_can_keep_the_copy_of_it():
+    """As when it is slow: nobody dies, and carrier and holder change places."""
+    expected = one_by_one(PROMPT, MAX_TOKENS)
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a", "b")])
+        for source, holder in ("ab", "ba"):
+            request.parts = [Part(ALL, source, holder)]
+            await request.read_tokens(len(request.tokens) + 6)
+            await request.protected(tokens=len(PROMPT) + len(request.tokens) - 4)
+            watermark = request.watermark(request.parts[0])
+            request.resume([Part(ALL, holder, source)], tokens=watermark, holds=[source])
+        await request.read_tokens(MAX_TOKENS)
+        assert request.tokens == expected
+        assert request.failures() == []
         await request.release()
 
     on_nodes(test, decoders("ab"))

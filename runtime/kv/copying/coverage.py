@@ -37,8 +37,9 @@ class Coverage:
             pass
         self._ahead = [(where, part) for where, part in self._ahead if self._reach[where].min() < part.stop]
 
-    def cut(self, tokens: int) -> None:
-        """Everything from this position on counts as missing."""
+    def pass_on(self, tokens: int) -> None:
+        """To another attempt: everything from this position on counts as missing, and nobody computes here yet."""
+        self._origins = [origin and "copy" for origin in self._origins]
         np.minimum(self._reach, tokens, out=self._reach)
         cut = [(columns, range(part.start, min(part.stop, tokens))) for columns, part in self._ahead]
         self._ahead = [(columns, part) for columns, part in cut if part]

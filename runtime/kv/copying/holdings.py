@@ -69,7 +69,7 @@ class Holdings:
         coverage = self._coverage.pop(old, None)
         self.drop(old)
         if coverage is not None:
-            coverage.cut(tokens)
+            coverage.pass_on(tokens)
             self._coverage[new] = coverage
             self._changed(new)
 
