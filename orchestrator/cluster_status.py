@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator
 
 from edgellm.orchestrator.core.nodes import Node
 from edgellm.orchestrator.core.pipelines import form_pipelines
+from edgellm.orchestrator.core.protection import copy_lag_tokens
 from edgellm.orchestrator.core.requests import Decoding, Request
 from edgellm.orchestrator.core.state import ClusterState
-from edgellm.orchestrator.core.values import ConnectionId, Layers
+from edgellm.orchestrator.core.values import Layers
 from edgellm.orchestrator.driver import Driver
 from edgellm.runtime.rpc import inference_pb2
 
@@ -21,17 +22,6 @@ def events_to_proto(driver: Driver) -> list[inference_pb2.ClusterEvent]:
         inference_pb2.ClusterEvent(age_ms=1000 * (now_s - happening.time_s), text=happening.text)
         for happening in driver.history
     ]
-
-
-def copy_lag_tokens(state: ClusterState, source: ConnectionId) -> int:
-    """Tokens by which the copies of a node's KV lag, at most; copies that are being made count in full."""
-    return max((_lag(request, source) for request in state.requests.values()), default=0)
-
-
-def _lag(request: Request, source: ConnectionId) -> int:
-    copied = [copy.tokens for copy in request.copies if copy.source == source and copy.live]
-    decoding = isinstance(request.phase, Decoding) and request.phase.kv_complete
-    return max(0, request.kv_tokens - min(copied)) if decoding and copied else 0
 
 
 def _node_status(state: ClusterState, node: Node, now_s: float) -> inference_pb2.NodeStatus:

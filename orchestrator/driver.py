@@ -12,6 +12,7 @@ from typing import TypeAlias, assert_never, get_args
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import Event, RequestsRecovered, RequestSubmitted, Tick
+from edgellm.orchestrator.core.protection import copy_lag_tokens
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering
 from edgellm.orchestrator.core.values import ConnectionId, NodeState, RecoveredRequest, RequestId, Role
 from edgellm.orchestrator.journal import Accepted, Emitted, Ended, Entry, Placed
@@ -188,6 +189,9 @@ class Driver:
         nodes = Counter((node.profile.role, node.state) for node in self.core.state.nodes)
         for role, node_state in product(get_args(Role), get_args(NodeState)):
             self.metrics.nodes.labels(role, node_state).set(nodes[role, node_state])
+        for node in self.core.state.nodes:
+            lag = copy_lag_tokens(self.core.state, node.connection)
+            self.metrics.copy_lag.labels(node.profile.node_id).set(lag)
 
 
 def _placement(command: commands.NodeCommand | commands.Note) -> Sequence[Entry]:

@@ -116,3 +116,14 @@ def _lose_copy(state: ClusterState, request: Request, attempt: AttemptId, copy: 
     request.no_copies_on.add(copy.holder)
     if not request.keeps_on(copy.holder) and not request.uses(copy.holder):
         state.release_on(copy.holder, attempt)
+
+
+def copy_lag_tokens(state: ClusterState, source: ConnectionId) -> int:
+    """Tokens by which the copies of a node's KV lag, at most; copies that are being made count in full."""
+    return max((_lag(request, source) for request in state.requests.values()), default=0)
+
+
+def _lag(request: Request, source: ConnectionId) -> int:
+    copied = [copy.tokens for copy in request.copies if copy.source == source and copy.live]
+    decoding = isinstance(request.phase, Decoding) and request.phase.kv_complete
+    return max(0, request.kv_tokens - min(copied)) if decoding and copied else 0

@@ -80,6 +80,12 @@ def make_node() -> Callable[..., NodePlan]:
 
 
 @pytest.fixture(scope="session")
+def cluster_of(bundle: ServedBundle) -> Callable[..., LiveCluster]:
+    """Nodes for an orchestrator that the test itself runs."""
+    return lambda orchestrator, stub: LiveCluster(orchestrator=orchestrator, stub=stub, bundle=bundle)
+
+
+@pytest.fixture(scope="session")
 def live_cluster(
     bundle: ServedBundle, make_node: Callable[..., NodePlan]
 ) -> Callable[..., contextlib.AbstractAsyncContextManager[LiveCluster]]:

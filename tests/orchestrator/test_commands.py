@@ -145,13 +145,14 @@ def test_serve_without_a_bundle_says_what_to_do(tmp_path, capsys):
 def test_serve_on_a_port_in_use(bundle, capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert serve.main(["--bundle", str(bundle.folder), "--listen", f"127.0.0.1:{port}"]) == 1
+        listen = ["--listen", f"127.0.0.1:{port}", "--journal", "off"]
+        assert serve.main(["--bundle", str(bundle.folder), *listen]) == 1
     assert "is the port in use?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("listen", ["nonsense", "127.0.0.1:99999"])
 def test_serve_on_an_impossible_address(bundle, capsys, listen):
-    assert serve.main(["--bundle", str(bundle.folder), "--listen", listen]) == 1
+    assert serve.main(["--bundle", str(bundle.folder), "--listen", listen, "--journal", "off"]) == 1
     assert listen in capsys.readouterr().err
 
 
