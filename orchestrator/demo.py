@@ -13,7 +13,7 @@ from rich.console import Console
 
 from edgellm.orchestrator import cli
 from edgellm.orchestrator.cli_generate import print_stats
-from edgellm.orchestrator.client import connect, events
+from edgellm.orchestrator.client import ClientError, connect, events
 from edgellm.orchestrator.local_cluster import ClusterStartError, LocalCluster, serve
 from edgellm.runtime.rpc import inference_pb2
 from edgellm.runtime.rpc.inference_pb2_grpc import InferenceStub
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ask_questions(console, options.bundle)
     except subprocess.CalledProcessError as error:
         return int(error.returncode)
-    except ClusterStartError as error:
+    except (ClientError, ClusterStartError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
 
