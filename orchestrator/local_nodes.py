@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import re
+import socket
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgellm.orchestrator.bundle import BundleError, Plan
@@ -34,6 +36,8 @@ class LocalNode:
     node_id: str
     engine: str
     spare: bool = False
+    followers: "tuple[LocalNode, ...]" = ()
+    """The other ranks of a tensor-parallel engine: they do not join, and start and end with this node."""
 
 
 def planned_nodes(plan: Plan, spares: int = 0) -> list[LocalNode]:
@@ -52,7 +56,19 @@ def planned_nodes(plan: Plan, spares: int = 0) -> list[LocalNode]:
     decode = [placement.engine for placement in plan.placements if placement.role == "decode"]
     if spares and not decode:
         raise BundleError("the plan has no decode engine, so there is nothing that a spare could take over")
-    return [*planned, *(LocalNode(node_id=f"spare{n}", engine=decode[0], spare=True) for n in range(spares))]
+    return [*_grouped(planned), *(LocalNode(node_id=f"spare{n}", engine=decode[0], spare=True) for n in range(spares))]
+
+
+def _grouped(planned: Iterable[LocalNode]) -> list[LocalNode]:
+    """The plan names the ranks of an engine one after the other, rank 0 first."""
+    nodes: list[LocalNode] = []
+    for node in planned:
+        rank = re.search(r"-tp(\d+)of\d+$", node.engine)
+        if rank is None or int(rank[1]) == 0:
+            nodes.append(node)
+        else:
+            nodes[-1] = replace(nodes[-1], followers=(*nodes[-1].followers, node))
+    return nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +99,26 @@ class NodeLauncher:
             await asyncio.sleep(backoff_s)
 
     async def _run_once(self, node: LocalNode) -> int:
-        process = await asyncio.create_subprocess_exec(*self._command(node))
+        """Until it or one of its followers has ended; then none of them is left."""
+        together = ("--tp-leader", f"127.0.0.1:{_free_port()}") if node.followers else ()
+        async with contextlib.AsyncExitStack() as stack:
+            processes = [
+                await stack.enter_async_context(self._process(one, together)) for one in (*node.followers, node)
+            ]
+            waits = [asyncio.ensure_future(process.wait()) for process in processes]
+            try:
+                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            return done.pop().result()
+
+    @contextlib.asynccontextmanager
+    async def _process(self, node: LocalNode, options: Iterable[str]) -> AsyncIterator[Process]:
+        process = await asyncio.create_subprocess_exec(*self._command(node), *options)
         logger.info("node=%s started pid=%d engine=%s", node.node_id, process.pid, node.engine)
         try:
-            return await process.wait()
+            yield process
         finally:
             await _stop(process)
 
@@ -103,6 +135,12 @@ class NodeLauncher:
             "--exit-with-parent",
             *self.options,
         ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def _stop(process: Process) -> None:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from edgellm.engines.bundle import BundleError
+from edgellm.engines.bundle import BundleError, engine_spec
 from edgellm.runtime.config import JoinConfig, NodeConfig, NodeError
 from edgellm.runtime.kv.codecs import CodecChoice
 from edgellm.runtime.kv.copying.queue import CopyCodec, CopyConfig
 from edgellm.runtime.kv.types import NodeId
-from edgellm.runtime.loading import load_engines
+from edgellm.runtime.loading import is_rank, load_engines
 from edgellm.runtime.server import NodeServer
+from edgellm.runtime.tensor_parallel.start import serve_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: NodeConfig) -> None:
+    spec = engine_spec(config.bundle, config.engine)
+    if not config.join.orchestrator and not (is_rank(spec) and spec.rank):
+        raise NodeError("say --orchestrator HOST:PORT, where edgellm-serve listens")
+    if is_rank(spec):
+        await serve_rank(config, spec)
+        return
     server = NodeServer(config, load_engines(config))
     server.stop_on_signals()
     await server.run()
@@ -42,7 +49,9 @@ def _config(options: argparse.Namespace) -> NodeConfig:
         bundle=options.bundle.expanduser().resolve(),
         engine=options.engine,
         spare=options.spare,
-        join=JoinConfig(orchestrator=options.orchestrator, join_timeout_s=options.join_timeout, lease_s=options.lease),
+        join=JoinConfig(
+            orchestrator=options.orchestrator or "", join_timeout_s=options.join_timeout, lease_s=options.lease
+        ),
         listen=options.listen,
         kv_blocks=options.kv_blocks,
         device_class=options.device_class,
@@ -51,6 +60,7 @@ def _config(options: argparse.Namespace) -> NodeConfig:
         kv_codec=options.kv_codec,
         copies=CopyConfig(codec=options.copy_codec),
         allow_shm=not options.no_shm,
+        tp_leader=options.tp_leader,
         parent_pid=os.getppid() if options.exit_with_parent else None,
     )
 
@@ -58,12 +68,13 @@ def _config(options: argparse.Namespace) -> NodeConfig:
 def _parser() -> argparse.ArgumentParser:
     join, parser = JoinConfig, argparse.ArgumentParser(prog="edgellm-node", description="Serve one engine of a bundle.")
     add = parser.add_argument
-    add("--orchestrator", required=True, metavar="HOST:PORT", type=_address)
+    add("--orchestrator", metavar="HOST:PORT", type=_address, help="not for rank 1 and up of an engine")
     add("--bundle", required=True, metavar="DIR", type=Path)
     add("--engine", required=True, metavar="NAME", help="an engine folder of the bundle; its phase decides the role")
     add("--node-id", required=True, metavar="ID")
     add("--spare", action="store_true", help="take no requests: hold copies of KV, and take over when a node dies")
     add("--listen", default=NodeConfig.listen, metavar="HOST:PORT", type=_address, help="for KV (default %(default)s)")
+    add("--tp-leader", metavar="HOST:PORT", type=_address, help="of rank 0, for an engine of several ranks")
     add("--kv-blocks", metavar="N", type=_positive, help="of 32 tokens (default: the bundle's plan)")
     add("--device-class", metavar="NAME", help="of this machine, such as orin-nano-8gb (default: as found)")
     add("--threads", metavar="N", type=_positive, help="of the engine (default: its choice)")

@@ -53,5 +53,7 @@ class NodeConfig:
     """Prompt tokens per step on a decode node: running answers wait for one such step."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     copies: CopyConfig = field(default_factory=CopyConfig)
+    tp_leader: str | None = None
+    """host:port of rank 0, for a rank of a tensor-parallel engine."""
     parent_pid: int | None = None
     """The node ends when this is no longer its parent process. None: it does not look."""

@@ -1,6 +1,7 @@
 """Facts about this process and its host."""
 
 import os
+import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,14 @@ def host_id() -> str:
         return f"{_BOOT_ID.read_text().strip()}/{_PID_NAMESPACE.readlink()}"
     except OSError:
         return f"no-proc-{uuid.uuid4()}"
+
+
+def address_towards(peer: str) -> str:
+    """This host's address as `peer`, host:port, sees it. Raises OSError where there is no way to it."""
+    host, _, port = peer.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return str(probe.getsockname()[0])
 
 
 def local_device_class() -> str:

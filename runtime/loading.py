@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgellm.engines.base import Engine
+from edgellm.engines.base import Engine, SumOverRanks
 from edgellm.engines.bundle import Bundle, bundle_sha256, engine_spec, open_bundle
 from edgellm.engines.kv import HostKvPool, KvContract, KvPool
-from edgellm.engines.load import LOCAL_DEVICE_CLASS, engine_layers, load_engine
+from edgellm.engines.load import LOCAL_DEVICE_CLASS, engine_layers, engine_pool, load_engine
 from edgellm.engines.spec import EngineSpec
 from edgellm.runtime.batching.prefill import PrefillBatcher
 from edgellm.runtime.config import NodeConfig, NodeError
@@ -44,23 +44,23 @@ class NodeEngines:
             engine.close()
 
 
-def load_engines(config: NodeConfig) -> NodeEngines:
+def load_engines(config: NodeConfig, sum_over_ranks: SumOverRanks | None = None) -> NodeEngines:
     """Load the named engine, and beside it every engine of the bundle by which this device could stand in for others:
-    all decode stages, and the half-precision engine that reads prompts.
+    all decode stages, and the half-precision engine that reads prompts. A tensor-parallel rank, which needs
+    `sum_over_ranks`, has KV of its own heads only, so it stands in for nobody.
 
     Weights are memory-mapped, and KV pages are taken when first touched: what is never asked costs address space only.
-    Raises BundleError, and NodeError for an engine that a node cannot serve alone.
+    Raises BundleError, and NodeError for more KV blocks than there is memory.
     """
     bundle = open_bundle(config.bundle)
     spec = engine_spec(config.bundle, config.engine)
-    _check_servable(spec, bundle.kv)
-    kv_blocks = _planned_blocks(bundle, spec) if config.kv_blocks is None else config.kv_blocks
+    kv_blocks = planned_kv_blocks(bundle, spec) if config.kv_blocks is None else config.kv_blocks
     _check_memory(kv_blocks, spec, bundle.kv)
-    pool = HostKvPool(bundle.kv, range(bundle.kv.num_layers), kv_blocks)
-    loader = _Loader(config=config, device_class=_device_class(config, spec), pool=pool)
+    pool = engine_pool(bundle.kv, spec, range(bundle.kv.num_layers), kv_blocks)
+    loader = _Loader(config=config, device_class=_device_class(config, spec), pool=pool, sum_over_ranks=sum_over_ranks)
     planned = loader.load(spec)
     others = [engine_spec(config.bundle, name) for name in bundle.engines if name != spec.name]
-    others = [other for other in others if other.device_class == spec.device_class]
+    others = [other for other in others if other.device_class == spec.device_class and pool.contract == bundle.kv]
     half = [other for other in others if other.phase == "prefill" and other.world == 1]
     stages = [other for other in others if other.phase == "decode" and other.world == _decode_world(spec, others)]
     is_reader = spec.phase == "prefill"
@@ -72,6 +72,26 @@ def load_engines(config: NodeConfig) -> NodeEngines:
         half=planned if is_reader else next((loader.load(one) for one in half), None),
         stages=StageEngines([*([] if is_reader else [planned]), *(loader.load(one) for one in stages)], pool),
     )
+
+
+def is_rank(spec: EngineSpec) -> bool:
+    """Whether the engine is one of several that read a prompt together."""
+    return spec.phase == "prefill" and spec.world > 1
+
+
+def planned_kv_blocks(bundle: Bundle, spec: EngineSpec) -> int:
+    """Of the device that has least, where several read prompts: on tensor-parallel ranks a block id is the same block.
+
+    Raises NodeError.
+    """
+    together = [
+        placement.kv_blocks
+        for placement in bundle.plan.placements
+        if placement.engine == spec.name or (is_rank(spec) and placement.role == "prefill")
+    ]
+    if not together:
+        raise NodeError(f"the bundle's plan does not place engine {spec.name}; say --kv-blocks N")
+    return min(together)
 
 
 def make_lanes(engines: NodeEngines, config: NodeConfig) -> Lanes:
@@ -97,6 +117,7 @@ class _Loader:
     config: NodeConfig
     device_class: str
     pool: HostKvPool
+    sum_over_ranks: SumOverRanks | None
 
     def load(self, spec: EngineSpec) -> Engine:
         return load_engine(
@@ -106,6 +127,7 @@ class _Loader:
             kv_blocks=0,
             threads=self.config.threads,
             device_class=self.device_class,
+            sum_over_ranks=self.sum_over_ranks,
         )
 
 
@@ -114,14 +136,6 @@ def _decode_world(planned: EngineSpec, others: Sequence[EngineSpec]) -> int:
     if planned.phase == "decode":
         return planned.world
     return max((other.world for other in others if other.phase == "decode"), default=1)
-
-
-def _check_servable(spec: EngineSpec, contract: KvContract) -> None:
-    if spec.phase == "prefill" and spec.num_layers * spec.world != contract.num_layers:
-        raise NodeError(
-            f"engine {spec.name} is tensor-parallel rank {spec.rank} of {spec.world}; a node reads prompts alone so "
-            "far, build the bundle with one prefill device"
-        )
 
 
 def _device_class(config: NodeConfig, spec: EngineSpec) -> str:
@@ -137,10 +151,3 @@ def _check_memory(kv_blocks: int, spec: EngineSpec, contract: KvContract) -> Non
             f"{kv_blocks} KV blocks take {kv_bytes / 2**30:.1f} GiB, "
             f"this machine has {memory_bytes / 2**30:.1f} GiB; say --kv-blocks with less"
         )
-
-
-def _planned_blocks(bundle: Bundle, spec: EngineSpec) -> int:
-    for placement in bundle.plan.placements:
-        if placement.engine == spec.name:
-            return placement.kv_blocks
-    raise NodeError(f"the bundle's plan does not place engine {spec.name}; say --kv-blocks N")

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Final, assert_never
@@ -17,7 +16,7 @@ from edgellm.engines.spec import EngineSpec
 from edgellm.runtime import messages
 from edgellm.runtime.config import NodeConfig, NodeError
 from edgellm.runtime.engine_loop import EngineLoop
-from edgellm.runtime.host import host_id, memory
+from edgellm.runtime.host import address_towards, host_id, memory
 from edgellm.runtime.join import JoinClient, JoinHooks
 from edgellm.runtime.kv.copying.holder import CopyHolder
 from edgellm.runtime.kv.copying.holdings import Holdings
@@ -25,7 +24,7 @@ from edgellm.runtime.kv.copying.replicator import CopyHooks, Replicator
 from edgellm.runtime.kv.inbox import KvInbox
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.links import CHANNEL_OPTIONS, KvLinks, LinkConfig
-from edgellm.runtime.kv.sender import KvSender, SenderHooks
+from edgellm.runtime.kv.sender import ALONE, KvSender, Ranks, SenderHooks
 from edgellm.runtime.kv.servicer import KvExchangeServicer
 from edgellm.runtime.lifecycle import Exchanges
 from edgellm.runtime.loading import NodeEngines, make_lanes
@@ -45,8 +44,10 @@ _log = logging.getLogger(__name__)
 class NodeServer:
     """A node that serves until told to stop. Made and run on one event loop; `run` once."""
 
-    def __init__(self, config: NodeConfig, engines: NodeEngines) -> None:
+    def __init__(self, config: NodeConfig, engines: NodeEngines, ranks: Ranks = ALONE) -> None:
+        """`ranks`: with which the half-precision engine is shared."""
         self._config = config
+        self._ranks = ranks
         self._engines = engines
         self._host_id = host_id()
         self._stop = asyncio.Event()
@@ -142,6 +143,7 @@ class NodeServer:
                 on_crash=self._crashed,
             ),
             now_s=time.monotonic,
+            ranks=self._ranks,
         )
 
     def _make_replicator(self) -> Replicator:
@@ -294,12 +296,7 @@ def _reachable_host(listen_host: str, orchestrator: str) -> str:
     """What others should dial: for a node that listens everywhere, the address it reaches the orchestrator from."""
     if listen_host not in ("", "0.0.0.0", "[::]"):
         return listen_host
-    host, _, port = orchestrator.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, int(port)))
-        except OSError as error:
-            raise NodeError(
-                f"no way to {orchestrator} ({error.strerror}); name this node's address in --listen"
-            ) from error
-        return str(probe.getsockname()[0])
+    try:
+        return address_towards(orchestrator)
+    except OSError as error:
+        raise NodeError(f"no way to {orchestrator} ({error.strerror}); name this node's address in --listen") from error

@@ -185,6 +185,21 @@ def test_planned_nodes_are_named_after_their_devices():
     ]
 
 
+def test_ranks_of_an_engine_start_together():
+    engines = [f"prefill-tp{rank}of2" for rank in (0, 1, 0, 1)]
+    plan = Plan(
+        placements=tuple(
+            Placement(engine=engine, device=f"nx{number}", device_class="cpu-local", role="prefill", num_layers=4)
+            for number, engine in enumerate([*engines, "prefill-tp0of1"])
+        )
+    )
+    assert [(node.node_id, [one.node_id for one in node.followers]) for node in planned_nodes(plan)] == [
+        ("nx0", ["nx1"]),
+        ("nx2", ["nx3"]),
+        ("nx4", []),
+    ]
+
+
 def planned_bundle(bundle, folder, *num_layers: int):
     """A bundle whose plan has one decode engine for each count of layers, none of which is there."""
     shutil.copytree(bundle.folder, folder)

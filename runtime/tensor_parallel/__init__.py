@@ -1,0 +1,1 @@
+"""One prefill engine over several devices: each rank has a share of the heads and columns of every layer."""
