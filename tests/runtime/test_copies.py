@@ -2,6 +2,7 @@
 
 import zlib
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from edgellm.runtime.kv.copying.queue import CopyConfig, CopyKey, CopyQueue, Row
 from edgellm.runtime.kv.copying.rows import Span, read_spans, wire_row_bytes, write_spans
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.types import Attempt, HeldKv
-from tests.runtime.conftest import CONTRACT, tiny_pool
+from tests.runtime.conftest import CONTRACT, LAYERS, tiny_pool
 from tests.runtime.copies import CAPACITY, LAYER_RANGE, Holder, attempt, row
 
 
@@ -117,6 +118,29 @@ def test_int8_rows_are_within_half_a_step_and_half_the_size():
     assert (np.abs(got - exact) <= 0.51 * step + np.abs(exact) * 2**-11 + 1e-6).all()
     with pytest.raises(CodecError, match="'int3'"):
         wire_row_bytes("int3", CONTRACT)
+
+
+def test_rows_that_are_not_what_they_say_leave_nothing_behind():
+    holder = Holder()
+    rows = np.concatenate([row(seed) for seed in range(3)]).tobytes()
+    good = Entry(
+        attempt=attempt(), layers=LAYER_RANGE, tokens=range(3), capacity_tokens=CAPACITY, codec="raw", length=len(rows)
+    )
+    for wrong in (
+        {"layers": range(1, LAYERS + 1)}, {"layers": range(1, 1)}, {"tokens": range(4)}, {"tokens": range(2, 2)},
+        {"tokens": range(CAPACITY - 1, CAPACITY + 2)}, {"codec": "int8"}, {"codec": "int3"},
+    ):  # fmt: skip
+        [refused] = holder.copies.install([replace(good, **wrong)], rows, zlib.crc32(rows))
+        assert refused.reason == "corrupt"
+    assert [one.reason for one in holder.copies.install([good, good], rows, zlib.crc32(rows))] == ["corrupt"] * 2
+    assert [one.reason for one in holder.copies.install([good], rows, zlib.crc32(rows) ^ 1)] == ["corrupt"]
+    [refused] = holder.copies.install([replace(good, capacity_tokens=13 * 32)], rows, zlib.crc32(rows))
+    assert refused.reason == "no capacity"
+    assert holder.ledger.attempts() == []
+    assert holder.holdings.held() == []
+    assert holder.copies.install([good], rows, zlib.crc32(rows)) == []
+    holder.holdings.computed(attempt(), LAYER_RANGE, 3)
+    assert [one.reason for one in holder.copies.install([good], rows, zlib.crc32(rows))] == ["stale"]
 
 
 class CopyMachine(RuleBasedStateMachine):

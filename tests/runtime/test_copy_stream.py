@@ -138,7 +138,7 @@ def test_many_requests_share_a_stream_and_a_small_ring(allow_shm):
             await asyncio.sleep(0.001)
         for number, one in enumerate(attempts):
             await eventually(lambda one=one, number=number: holds(holder, one, 20 + 9 * number))
-        assert source.copies.lag_tokens == 0
+        await eventually(lambda: source.copies.lag_tokens == 0)
         assert holder.copies.counters.messages < 8 * 20
         for one in attempts:
             source.drop(one)
@@ -262,3 +262,39 @@ def test_a_stopped_copy_is_not_read_and_not_reported():
         assert source.lost == {}
 
     copying(test, servicer(holder))
+
+
+class Counting(kv_pb2_grpc.KvExchangeServicer):
+    """A real holder that knows how many streams are open, and were opened."""
+
+    def __init__(self, holder: Holder) -> None:
+        self.inner = servicer(holder)
+        self.open = self.opened = 0
+
+    async def Handshake(self, request, context):  # noqa: N802
+        return await self.inner.Handshake(request, context)
+
+    async def Copy(self, request_iterator, context):  # noqa: N802
+        self.open, self.opened = self.open + 1, self.opened + 1
+        try:
+            await self.inner.Copy(request_iterator, context)
+        finally:
+            self.open -= 1
+
+
+def test_a_stream_without_copies_closes_and_opens_again():
+    holder = Holder()
+    counting = Counting(holder)
+
+    async def test(source, address):
+        for number in range(2):
+            one = attempt(f"r{number}")
+            source.begin(one, address, tokens=5)
+            await eventually(lambda one=one: holds(holder, one, 5))
+            assert counting.open == 1
+            source.drop(one)
+            await eventually(lambda: counting.open == 0)
+        assert counting.opened == 2
+        assert source.lost == {}
+
+    copying(test, counting, config=CopyConfig(linger_s=0.1, patience_s=20.0))

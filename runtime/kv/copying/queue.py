@@ -28,6 +28,8 @@ class CopyConfig:
     """A copy that is further behind must be catching up."""
     patience_s: float = 2.0
     """Within which a copy too far behind must gain, refused rows be taken, and a message be answered."""
+    linger_s: float = 10.0
+    """How long a stream without copies stays open."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

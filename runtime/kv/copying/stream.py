@@ -21,8 +21,6 @@ from edgellm.runtime.streams import write
 from edgellm.runtime.tasks import race
 from edgellm.runtime.wire import attempt_to_proto
 
-_LINGER_S: Final = 10.0
-"""How long a stream without copies stays open."""
 _SEND_AGAIN: Final = (kv_pb2.KV_ACK_STATUS_CORRUPT, kv_pb2.KV_ACK_STATUS_EARLY)
 
 _Call: TypeAlias = grpc.aio.StreamStreamCall[kv_pb2.KvCopyMessage, kv_pb2.KvCopyAck]
@@ -69,6 +67,8 @@ class CopyStream:
         """From now on its blocks are not read."""
         self.queue.stop(key)
         self._blocks.pop(key, None)
+        if not self.queue:
+            self._wake.set()
 
     async def run(self, links: KvLinks) -> None:
         """Until there has been nothing to copy for a while. Raises CopyStreamError."""
@@ -131,6 +131,7 @@ class CopyStream:
             while rows := self.queue.take(_now_s()):
                 await self._send(call, link, rows)
         self.closing = True
+        self._deadline.reschedule(_now_s() + self._config.patience_s)
         await call.done_writing()
         await asyncio.Event().wait()
 
@@ -153,7 +154,7 @@ class CopyStream:
         """Wait for it; False when there has been no copy to keep for a while."""
         self._look_now()
         try:
-            async with asyncio.timeout(None if self.queue or self._in_flight else _LINGER_S):
+            async with asyncio.timeout(None if self.queue or self._in_flight else self._config.linger_s):
                 await self._wake.wait()
         except TimeoutError:
             return len(self.queue) > 0
@@ -207,7 +208,8 @@ class CopyStream:
 
 
 def _reason(ack: kv_pb2.KvCopyAck, rows: Sequence[Rows], key: CopyKey) -> str:
-    return next(refusal.message for refusal in ack.refusals if rows[refusal.entry].key == key)
+    indices = [index for index, one in enumerate(rows) if one.key == key]
+    return next(refusal.message for refusal in ack.refusals if refusal.entry in indices)
 
 
 def _now_s() -> float:
