@@ -10,9 +10,8 @@ from typing import Final
 from bench import busy
 from bench.machine_limits import MachineLimits
 from bench.pairs import DECODE_32, MAX_STEPS, Pairing, Phase, Round, Scenario, clean, steps_per_run
-from bench.peers import environments
 from bench.peers.contenders import DRIVERS, OURS, Contender, model_path
-from bench.peers.environments import UnavailableError
+from bench.peers.environments import Environments, UnavailableError
 from bench.peers.models import Model, ModelStore
 from bench.peers.process import DriverProcess, started
 from bench.real_time import real_time
@@ -78,10 +77,16 @@ class Comparison:
     """Compares on one model after the other."""
 
     def __init__(
-        self, settings: Settings, store: ModelStore, limits: MachineLimits, say: Callable[[str], None]
+        self,
+        settings: Settings,
+        environments: Environments,
+        store: ModelStore,
+        limits: MachineLimits,
+        say: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._store = store
+        self._environments = environments
         self._limits = limits
         self._say = say
 
@@ -104,7 +109,7 @@ class Comparison:
     @contextlib.contextmanager
     def loaded(self, contender: Contender, model: Model) -> Iterator[Loaded]:
         """A running driver with its model. Raises UnavailableError."""
-        environment = environments.prepare(contender.environment, self._say)
+        environment = self._environments.prepare(contender.environment)
         path = model_path(self._store, contender, model, environment)
         self._say(f"{contender.name} on {model.name}: loading")
         with started(environment, DRIVERS / contender.driver) as process:

@@ -7,7 +7,7 @@ first needed; without it only with transformers. Nothing is compared while other
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -19,9 +19,8 @@ from bench.comparison import OURS_BY_PHASE, Compared, Comparison, Settings
 from bench.engine_report import OursRow, PeerRow, behind, ours_rows, peer_rows, targets
 from bench.machine_limits import MachineLimits, last_level_cache_mib
 from bench.pairs import DECODE_1, DECODE_8, PREFILL_512, SCENARIOS, Scenario
-from bench.peers import environments
 from bench.peers.contenders import PEERS, TRANSFORMERS, Contender, model_path
-from bench.peers.environments import UnavailableError
+from bench.peers.environments import Environments, UnavailableError
 from bench.peers.models import MODELS, Model, ModelStore
 from bench.real_time import real_time
 from bench.report import Report, machine
@@ -46,14 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     """ValueError if others use the machine, there is no compiler, or a model is missing."""
     say = Console(stderr=True, log_path=False).log
-    store, models = ModelStore(say), _models(options)
+    environments, store, models = Environments(say), ModelStore(say), _models(options)
     if options.prepare:
         return Report(
-            name="engine", machine=machine(), results=[], targets=[], notes=_prepare(store, models, options, say)
+            name="engine",
+            machine=machine(),
+            results=[],
+            targets=[],
+            notes=_prepare(environments, store, models, _peers(options)),
         )
     busy.refuse_if_busy(options.even_if_busy)
     limits = MachineLimits(options.threads)
-    results = list(_compare(Comparison(_settings(options), store, limits, say), models, options))
+    comparison = Comparison(_settings(options), environments, store, limits, say)
+    results = list(_compare(comparison, models, options))
     compared = [result for result in results if isinstance(result, Compared)]
     missing = [f"not compared: {result}" for result in results if isinstance(result, str)]
     with real_time(wanted=not options.normal_priority):
@@ -103,14 +107,14 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _prepare(
-    store: ModelStore, models: Sequence[Model], options: argparse.Namespace, say: Callable[[str], None]
+    environments: Environments, store: ModelStore, models: Sequence[Model], peers: Sequence[Contender]
 ) -> list[str]:
     """A sentence for each form of each model: there, or why not."""
     notes = []
     for model in models:
-        for contender in (*OURS_BY_PHASE.values(), *_peers(options)):
+        for contender in (*OURS_BY_PHASE.values(), *peers):
             try:
-                prepared = environments.prepare(contender.environment, say)
+                prepared = environments.prepare(contender.environment)
                 model_path(store, contender, model, prepared)
                 notes.append(f"{contender.name} on {model.name}: ready")
             except UnavailableError as error:

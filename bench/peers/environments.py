@@ -1,10 +1,12 @@
 """A Python environment per peer, made by the benchmark from pinned requirements, and made again when these change."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,17 +37,44 @@ class Environment:
     """Changes with what is installed."""
 
 
-def prepare(name: str, say: Callable[[str], None]) -> Environment:
-    """The environment of this name, installed if it is not there. Raises UnavailableError."""
-    if name == PROJECT:
-        return Environment(name=name, python=Path(sys.executable), variables={}, key="project")
-    folder, wanted = ROOT / name, _fingerprint(name)
-    stamp = folder / "ready"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        say(f"installing {name} (once; minutes)")
-        _install(name, folder)
-        stamp.write_text(wanted)
-    return Environment(name=name, python=_python(folder), variables=_variables(name, folder), key=wanted)
+class Environments:
+    """Installs each environment when it is first asked for, and tries once only."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._failures: dict[str, str] = {}
+
+    def prepare(self, name: str) -> Environment:
+        """The environment of this name. Raises UnavailableError."""
+        if name == PROJECT:
+            return Environment(name=name, python=Path(sys.executable), variables={}, key="project")
+        if name in self._failures:
+            raise UnavailableError(self._failures[name])
+        try:
+            return self._installed(name)
+        except UnavailableError as error:
+            self._failures[name] = str(error)
+            raise
+
+    def _installed(self, name: str) -> Environment:
+        folder, wanted = ROOT / name, _fingerprint(name)
+        with _locked(folder):
+            stamp = folder / "ready"
+            if not stamp.exists() or stamp.read_text() != wanted:
+                self._say(f"installing {name} (once; minutes)")
+                stamp.unlink(missing_ok=True)
+                _install(name, folder)
+                stamp.write_text(wanted)
+        return Environment(name=name, python=_python(folder), variables=_variables(name, folder), key=wanted)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run(environment: Environment, script: Path, arguments: Sequence[str]) -> None:
@@ -54,7 +83,6 @@ def run(environment: Environment, script: Path, arguments: Sequence[str]) -> Non
 
 
 def _install(name: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     requirements = str(_requirements(name))
     _run([sys.executable, "-m", "venv", str(folder / "venv")], f"venv of {name}")
     pip = [str(_python(folder)), "-m", "pip", "install", "--quiet", "--no-deps", "-r", requirements]

@@ -1,7 +1,8 @@
 """llama.cpp compiled for this machine from the sources that llama-cpp-python carries: its library and llama-server.
 
 The package would build the library alone; its own Python server answers one request at a time, and llama-server is
-what llama.cpp offers for many.
+what llama.cpp offers for many. One line is changed: g++ removes the stores to the tile configuration that its AMX
+code loads, because nothing it knows of reads them, and the first product then dies of a general protection fault.
 """
 
 import re
@@ -23,10 +24,25 @@ def commands(folder: Path, requirements: str) -> list[list[str]]:
     """What to run, one after the other, in a folder with an environment in `venv`; two compilers at a time."""
     package = "llama-cpp-python==" + pinned_version(requirements)
     source, build = folder / "source", folder / "build"
-    download = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder / "download"), package]
+    download = [
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+        "--dest",
+        str(folder / "download"),
+        package,
+    ]
     return [
         [str(folder / "venv" / "bin" / "python"), "-m", "pip", *download],
         [sys.executable, "-c", _UNPACK, str(folder / "download"), str(source)],
+        [
+            sys.executable,
+            "-c",
+            _KEEP_TILE_CONFIGURATION,
+            str(source / "vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"),
+        ],
         ["cmake", "-S", str(source / "vendor" / "llama.cpp"), "-B", str(build), *_CONFIGURE],
         ["cmake", "--build", str(build), "--parallel", "2", "--target", "llama", "llama-server"],
     ]
@@ -39,6 +55,13 @@ target = pathlib.Path(sys.argv[2])
 shutil.unpack_archive(archive, target.parent / "unpacked", filter="data")
 shutil.rmtree(target, ignore_errors=True)
 (target.parent / "unpacked" / archive.name.removesuffix(".tar.gz")).rename(target)
+"""
+
+_KEEP_TILE_CONFIGURATION: Final = """
+import pathlib, sys
+path = pathlib.Path(sys.argv[1])
+load = "_tile_loadconfig(&tc);"
+path.write_text(path.read_text().replace(load, 'asm volatile("" : : "r"(&tc) : "memory"); ' + load))
 """
 
 

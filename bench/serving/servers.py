@@ -16,8 +16,8 @@ from typing import Final
 
 import grpc
 
-from bench.peers import environments, llama_cpp_build
-from bench.peers.environments import UnavailableError
+from bench.peers import llama_cpp_build
+from bench.peers.environments import ROOT, Environments, UnavailableError
 from bench.peers.models import MODELS, ModelStore
 from bench.serving.clients import Client, EdgellmClient, OpenAiClient
 from edgellm.orchestrator.local_cluster import serve
@@ -25,7 +25,7 @@ from edgellm.orchestrator.local_cluster import serve
 SLOTS: Final = 16
 MODEL: Final = MODELS["smollm2"]
 MAX_SEQ_LEN: Final = 256
-READY_TIMEOUT_S: Final = 300.0
+READY_TIMEOUT_S: Final = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,15 @@ class Server:
 
 def servers(bundle: Path, threads: int, say: Callable[[str], None]) -> list[Server]:
     """Ours first."""
-    store = ModelStore(say)
+    environments, store = Environments(say), ModelStore(say)
     return [
         Server(
             name="EdgeLLM",
             format="prefill node in bf16, decode node in INT4, each a process",
             start=lambda: _edgellm(bundle),
         ),
-        Server(name="llama-server", format="Q4_0", start=lambda: _llama_server(store, threads, say)),
-        Server(name="vLLM", format="bf16", start=lambda: _vllm(store, say)),
+        Server(name="llama-server", format="Q4_0", start=lambda: _llama_server(environments, store, threads, say)),
+        Server(name="vLLM", format="bf16", start=lambda: _vllm(environments, store, say)),
     ]
 
 
@@ -73,19 +73,21 @@ def _edgellm(bundle: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def _llama_server(store: ModelStore, threads: int, say: Callable[[str], None]) -> Iterator[Running]:
-    environment = environments.prepare("llama_cpp", say)
+def _llama_server(
+    environments: Environments, store: ModelStore, threads: int, say: Callable[[str], None]
+) -> Iterator[Running]:
+    environment = environments.prepare("llama_cpp")
     model = store.converted(MODEL, environment, "int4") / "model.gguf"
     port = _free_port()
-    command = [str(llama_cpp_build.server(environments.ROOT / "llama_cpp")), "--model", str(model)]
+    command = [str(llama_cpp_build.server(ROOT / "llama_cpp")), "--model", str(model)]
     command += ["--ctx-size", str(SLOTS * MAX_SEQ_LEN), "--parallel", str(SLOTS), "--threads", str(threads)]
     with _http_server(command, environment.variables, port, "smollm2", say) as running:
         yield running
 
 
 @contextlib.contextmanager
-def _vllm(store: ModelStore, say: Callable[[str], None]) -> Iterator[Running]:
-    environment = environments.prepare("vllm", say)
+def _vllm(environments: Environments, store: ModelStore, say: Callable[[str], None]) -> Iterator[Running]:
+    environment = environments.prepare("vllm")
     model, port = str(store.hugging_face(MODEL)), _free_port()
     command = [str(environment.python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--dtype", "bfloat16", "--max-num-seqs", str(SLOTS), "--max-model-len", str(MAX_SEQ_LEN)]
