@@ -10,7 +10,7 @@ from edgellm.runtime.batching.steps import Step
 from edgellm.runtime.kv.types import Attempt
 from edgellm.runtime.stages.engines import StageEngines
 from edgellm.runtime.stages.queue import StageQueue
-from edgellm.runtime.stages.routes import Route
+from edgellm.runtime.stages.routes import Route, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +93,7 @@ class Lanes:
             engine = self.stages.of(route[0].layers)
             if engine is None:
                 raise KeyError(route[0].layers)
-            batcher = DecodeBatcher(engine.spec.limits, depth=len(route))
+            batcher = DecodeBatcher(engine.spec.limits, depth=micro_batches(route))
             self._writers[route] = DecodeLane(route=route, engine=engine, batcher=batcher)
         return self._writers[route]
 

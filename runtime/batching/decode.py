@@ -67,8 +67,8 @@ class DecodeBatcher:
     """Runs all sequences together. Blocks are reserved up front, so nothing is ever preempted.
 
     Where limits allow fewer sequences in a step than are running, the least recently served go first. Every sequence
-    of a step gets one row; rows left over go to those that catch up on known tokens. A pipeline of `depth` nodes has
-    up to that many steps under way (micro-batches), each with its share of the sequences, so that every node has one.
+    of a step gets one row; rows left over go to those that catch up on known tokens. A pipeline of `depth` hosts has
+    up to that many steps under way (micro-batches), each with its share of the sequences, so that every host has one.
     """
 
     def __init__(self, limits: EngineLimits, depth: int = 1) -> None:

@@ -121,7 +121,7 @@ class Cluster:
             self.network.nodes[name] = Machine(name, self.network, counts, *limits)
         firsts = [sum(counts[:stage]) for stage in range(len(counts))]
         self.stages = tuple(
-            Stage(node_id=NodeId(name), address=name, host_id="", first_layer=first, num_layers=count)
+            Stage(node_id=NodeId(name), address=name, host_id=name, first_layer=first, num_layers=count)
             for name, first, count in zip(carriers, firsts, counts, strict=True)
         )
         self.prompts = prompts
