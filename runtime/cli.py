@@ -38,6 +38,8 @@ async def _serve(config: NodeConfig) -> None:
     if is_rank(spec):
         await serve_rank(config, spec)
         return
+    if config.tp_leader is not None:
+        raise NodeError(f"engine {spec.name} is not one of several ranks; leave out --tp-leader")
     server = NodeServer(config, load_engines(config))
     server.stop_on_signals()
     await server.run()

@@ -324,5 +324,10 @@ def test_a_rank_without_rank_0_gives_up(rank_bundle: Path, capsys: pytest.Captur
     assert "no rank 0 at 127.0.0.1:1 for 0.3 s; check --tp-leader" in line
 
 
+def test_an_engine_that_is_no_rank_has_no_leader(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]):
+    options = ("--orchestrator", "127.0.0.1:1", "--tp-leader", "127.0.0.1:2")
+    assert "prefill-tp0of1 is not one of several ranks; leave out --tp-leader" in refusal(capsys, tiny_bundle, *options)
+
+
 def test_rank_0_and_nodes_that_are_no_rank_need_an_orchestrator(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]):
     assert "say --orchestrator HOST:PORT" in refusal(capsys, tiny_bundle)

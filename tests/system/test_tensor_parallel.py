@@ -172,9 +172,9 @@ def ranked_bundle(stories260k: Path, stories_bundle: Path, tmp_path_factory: pyt
     return bundle
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ranked_cluster(ranked_bundle: Path) -> Iterator[LocalCluster]:
-    """An orchestrator, a prefill node of two ranks, and a decode node."""
+    """An orchestrator, a prefill node of two ranks, and a decode node. Ranks that a test kills start again."""
     with serve(ranked_bundle, ready_timeout_s=120) as running:
         yield running
 
