@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         run.add_argument(
             _option(name), choices=sorted(PROFILES), default=getattr(RunConfig, name), help="(%(default)s)"
         )
+    run.add_argument("--no-hot-copies", dest="hot_copies", action="store_false", help="keep no copies of KV")
     run.add_argument("--json", action="store_true")
     run.set_defaults(run=_run)
 

@@ -28,6 +28,8 @@ from edgellm.runtime.server import NodeServer
 from edgellm.runtime.stages.engines import StageEngines
 
 END_TOKEN = VOCAB_SIZE - 1
+LEASE_S = 8.0
+"""For which nodes keep what nobody claims, and look for a lost orchestrator."""
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -147,7 +149,7 @@ def node_config(plan: NodePlan, bundle: ServedBundle, orchestrator: str) -> Node
         node_id=NodeId(plan.name),
         bundle=bundle.folder,
         engine=plan.engine,
-        join=JoinConfig(orchestrator=orchestrator),
+        join=JoinConfig(orchestrator=orchestrator, lease_s=LEASE_S),
         spare=plan.spare,
         allow_shm=False,
     )

@@ -45,6 +45,7 @@ class RunConfig:
     decode_class: str = "orin-nano-8gb"
     kv_blocks: int = 2048
     """Of all layers, as far as a device's memory goes: of its stage's layers it holds as many more."""
+    hot_copies: bool = True
     policy: str = "dual_pool"
     seed: int = 0
 
@@ -61,7 +62,14 @@ def simulate(config: RunConfig) -> Report:
         policy = _policy(config.policy, real, scale)
         story = Story(wanted=False)
         with simulated_world(
-            bundle, policy, {}, seed=config.seed, link=real, story=story, scale=scale, check=False
+            bundle,
+            policy,
+            {"hot_copies": config.hot_copies},
+            seed=config.seed,
+            link=real,
+            story=story,
+            scale=scale,
+            check=False,
         ) as world:
             _fill(world, config, cost, arrivals)
             world.run(LONGEST_S)

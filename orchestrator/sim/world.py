@@ -20,7 +20,7 @@ from edgellm.orchestrator.sim.story import Story
 
 UNCOUNTED_S = 11.0
 """A prefill node counts as free when a prompt is where it is needed. Its copy may still be on the way, for as long as a
-transfer may stand still."""
+transfer may stand still, and stay where it arrives until its lease ends."""
 _UNSCALED = Scale()
 LOOK_S = 0.05
 """How often it is asked whether all is over."""
