@@ -10,7 +10,7 @@ from rich.console import Console
 from edgellm.builder.errors import BuildError
 from edgellm.orchestrator.local_cluster import ClusterStartError
 
-NAMES = ("engine", "gpu", "kernels", "system")
+NAMES = ("engine", "failover", "gpu", "kernels", "system")
 WIDTH = 160
 """Of tables that go to a file."""
 

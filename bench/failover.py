@@ -1,0 +1,249 @@
+"""What a failure costs running requests: pauses with hot copies, with token replay, and after beginning again.
+
+Real processes on one machine: an orchestrator, and a node for each engine of the bundle's plan and one spare. Clients
+ask for long answers; when all of them are in the middle, the node of the last decode stage is killed (or stopped), and
+each client's pause is the time until its next token. The same prompts, cluster and kill for
+
+* hot copy: ours; the spare takes over from its copy;
+* token replay: without copies the prompt is read again and the known tokens are replayed (as NVIDIA Dynamo does);
+* begin again: clients ask anew and wait for the token after the last one they had (as with vLLM, SGLang, llama.cpp).
+"""
+
+import argparse
+import random
+import signal
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
+
+from bench.failover_chart import draw
+from bench.recovery import (
+    BEFORE,
+    Pause,
+    Reader,
+    end_readers,
+    pauses_of,
+    pauses_of_new_readers,
+    start_readers,
+    wait_until,
+)
+from bench.report import Report, Target, machine
+from edgellm.orchestrator.bundle import ServedBundle, open_bundle
+from edgellm.orchestrator.local_nodes import planned_nodes
+from edgellm.orchestrator.process_cluster import ORCHESTRATOR, ProcessCluster
+
+TOKEN_IDS: Final = range(300, 500)
+CLIENTS: Final = 8
+ORCHESTRATOR_CLIENTS: Final = 16
+STEADY_TOKENS: Final = 128
+"""Of each client, for throughput with and without copies."""
+FIRST_METRICS_PORT: Final = 39_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Medians over all clients of all rounds, and the 99th percentile of the pause; milliseconds."""
+
+    event: str
+    way: str
+    context: int
+    requests: int
+    pause_ms: float
+    pause_p99_ms: float
+    detect_ms: float = 0.0
+    fence_ms: float = 0.0
+    restore_ms: float = 0.0
+    first_token_ms: float = 0.0
+    tokens_per_s: float = 0.0
+    copied_bytes_per_token: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One bundle, served again and again."""
+
+    bundle: ServedBundle
+    rounds: int
+    threads: int
+
+    def cluster(self, folder: str, context: int, clients: int, *, copies: bool) -> ProcessCluster:
+        """Every node could hold all requests at once, and a copy of each."""
+        tokens = clients * (context + self.max_tokens(context))
+        blocks = 2 * -(-tokens // self.bundle.index.kv.block_tokens) + 2 * clients
+        nodes = {}
+        for number, node in enumerate(planned_nodes(self.bundle.index.plan, spares=1)):
+            options = ["--kv-blocks", str(blocks), "--threads", str(self.threads)]
+            options += ["--metrics-port", str(FIRST_METRICS_PORT + number), *(["--spare"] if node.spare else [])]
+            nodes[node.node_id] = (node.engine, *options)
+        options = () if copies else ("--no-hot-copies",)
+        return ProcessCluster(self.bundle.folder, Path(folder), nodes, serve_options=options)
+
+    def max_tokens(self, context: int) -> int:
+        """Enough that nobody is done while others still wait for their first token."""
+        return min(1024, self.bundle.index.model.max_seq_len - context)
+
+    def prompts(self, context: int, clients: int) -> list[list[int]]:
+        chance = random.Random(context)
+        return [chance.choices(TOKEN_IDS, k=context) for _ in range(clients)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, default=Path(".demo/smollm2-135m"), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="of each kind (%(default)s)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096], help="prompt tokens (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each node (%(default)s)")
+    parser.add_argument("--chart", type=Path, help="write a chart here, where matplotlib is installed")
+
+
+def run(options: argparse.Namespace) -> Report:
+    """Raises ClusterStartError, and ValueError if a request fails: then there is nothing to report."""
+    bench = Bench(bundle=open_bundle(options.bundle), rounds=options.rounds, threads=options.threads)
+    rows, differing = [], 0
+    for context in options.contexts:
+        for way in ("hot copy", "token replay", "begin again"):
+            row, changed = _failures(bench, context, way, signal.SIGKILL)
+            rows.append(row)
+            differing += changed
+    row, changed = _failures(bench, options.contexts[0], "hot copy", signal.SIGSTOP)
+    rows += [row, _orchestrator_failures(bench)]
+    rows += [_steady(bench, options.contexts[0], copies=copies) for copies in (True, False)]
+    if options.chart is not None:
+        draw([(row.way, row.context, row.pause_ms) for row in rows if row.event == "SIGKILL of a stage"], options.chart)
+    return Report(
+        name="failover",
+        machine=machine(),
+        results=[{one.name: getattr(row, one.name) for one in fields(Row)} for row in rows],
+        targets=_targets(rows, differing + changed),
+    )
+
+
+def _failures(bench: Bench, context: int, way: str, number: signal.Signals) -> tuple[Row, int]:
+    """The row, and how many clients got other tokens than in the round before anything failed."""
+    pauses: list[Pause] = []
+    differing = 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        bench.cluster(folder, context, CLIENTS, copies=way == "hot copy") as cluster,
+    ):
+        victim = [node.node_id for node in planned_nodes(bench.bundle.index.plan)][-1]
+        prompts = bench.prompts(context, CLIENTS)
+        calm = _calm(bench, cluster, prompts, context)
+        for round_number in range(bench.rounds):
+            cluster.restore()
+            readers = start_readers(cluster, f"round{round_number}", prompts, bench.max_tokens(context))
+            failed_s = time.perf_counter()
+            cluster.signal(victim, number)
+            if way == "begin again":
+                pauses += pauses_of_new_readers(cluster, readers, failed_s)
+            else:
+                pauses += pauses_of(readers, failed_s)
+            differing += _differing(readers, calm)
+    return _row(f"{number.name} of a stage", way, context, pauses), differing
+
+
+def _calm(bench: Bench, cluster: ProcessCluster, prompts: Sequence[Sequence[int]], context: int) -> list[list[int]]:
+    cluster.restore()
+    readers = start_readers(cluster, "calm", prompts, bench.max_tokens(context))
+    wait_until(readers, lambda reader: len(reader.token_ids) >= 4 * BEFORE)
+    end_readers(readers)
+    return [reader.token_ids for reader in readers]
+
+
+def _differing(readers: Sequence[Reader], calm: Sequence[Sequence[int]]) -> int:
+    """Whose tokens, as far as both went, are not those of the calm round."""
+    pairs = ((reader.token_ids, tokens) for reader, tokens in zip(readers, calm, strict=True))
+    return sum(tokens[: len(others)] != list(others[: len(tokens)]) for tokens, others in pairs)
+
+
+def _orchestrator_failures(bench: Bench) -> Row:
+    """Pauses from the restart of the orchestrator on."""
+    pauses: list[Pause] = []
+    context = 128
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        bench.cluster(folder, context, ORCHESTRATOR_CLIENTS, copies=True) as cluster,
+    ):
+        prompts = bench.prompts(context, ORCHESTRATOR_CLIENTS)
+        for round_number in range(bench.rounds):
+            cluster.restore()
+            readers = start_readers(cluster, f"round{round_number}", prompts, bench.max_tokens(context))
+            cluster.signal(ORCHESTRATOR, signal.SIGKILL)
+            cluster.processes[ORCHESTRATOR].wait()
+            restarted_s = time.perf_counter()
+            cluster.start(ORCHESTRATOR)
+            pauses += pauses_of(readers, restarted_s)
+    return _row("SIGKILL of the orchestrator", "journal", context, pauses)
+
+
+def _steady(bench: Bench, context: int, *, copies: bool) -> Row:
+    """Tokens per second of all clients while nothing fails, and the bytes that copies took."""
+    speeds, copied = [], 0.0
+    with tempfile.TemporaryDirectory() as folder, bench.cluster(folder, context, CLIENTS, copies=copies) as cluster:
+        prompts = bench.prompts(context, CLIENTS)
+        for round_number in range(bench.rounds):
+            cluster.restore()
+            readers = start_readers(cluster, f"round{round_number}", prompts, bench.max_tokens(context))
+            start_s, bytes_before = time.perf_counter(), _copied_bytes(len(cluster.nodes))
+            wait_until(readers, lambda reader, since_s=start_s: reader.since(since_s) >= STEADY_TOKENS)  # type: ignore[misc]
+            seconds = time.perf_counter() - start_s
+            tokens = sum(reader.since(start_s) for reader in readers)
+            copied += (_copied_bytes(len(cluster.nodes)) - bytes_before) / tokens
+            speeds.append(tokens / seconds)
+            end_readers(readers)
+    return Row(
+        event="none",
+        way="hot copy" if copies else "no copies",
+        context=context,
+        requests=CLIENTS * bench.rounds,
+        pause_ms=0.0,
+        pause_p99_ms=0.0,
+        tokens_per_s=statistics.median(speeds),
+        copied_bytes_per_token=copied / bench.rounds,
+    )
+
+
+def _copied_bytes(num_nodes: int) -> float:
+    """What all nodes have sent as copies so far, by their metrics."""
+    total = 0.0
+    for port in range(FIRST_METRICS_PORT, FIRST_METRICS_PORT + num_nodes):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            for line in page.read().decode().splitlines():
+                if line.startswith('edgellm_kv_copied_bytes{way="sent"}'):
+                    total += float(line.split()[-1])
+    return total
+
+
+def _row(event: str, way: str, context: int, pauses: Sequence[Pause]) -> Row:
+    medians = {one.name: statistics.median(getattr(p, one.name) for p in pauses) for one in fields(Pause)}
+    ranked = sorted(pause.pause_ms for pause in pauses)
+    p99 = ranked[min(len(ranked) - 1, round(0.99 * len(ranked)))]
+    return Row(event=event, way=way, context=context, requests=len(pauses), pause_p99_ms=p99, **medians)
+
+
+def _targets(rows: Sequence[Row], differing: int) -> list[Target]:
+    killed = {(row.way, row.context): row for row in rows if row.event == "SIGKILL of a stage"}
+    by_event = {(row.event, row.way): row for row in rows}
+    short, long = min(context for _, context in killed), max(context for _, context in killed)
+    first = killed["hot copy", short]
+    sooner = killed["token replay", long].pause_ms / killed["hot copy", long].pause_ms
+    stopped = by_event["SIGSTOP of a stage", "hot copy"].pause_ms
+    restarted = by_event["SIGKILL of the orchestrator", "journal"].pause_p99_ms
+    slower = 1 - by_event["none", "hot copy"].tokens_per_s / by_event["none", "no copies"].tokens_per_s
+    return [
+        _at_most("answers that differ from a calm run", differing, 0),
+        _at_most(f"pause after SIGKILL of a stage, {short} tokens, ms", first.pause_ms, 300),
+        _at_most(f"the same, 99th percentile, {short} tokens, ms", first.pause_p99_ms, 700),
+        Target(name=f"times sooner than reading {long} tokens again", value=sooner, target=5, met=sooner >= 5),
+        _at_most("pause after SIGSTOP of a stage, ms", stopped, 1200),
+        _at_most("share of tokens per second that hot copies cost", slower, 0.05),
+        _at_most("last pause after the orchestrator's restart, ms", restarted, 3000),
+    ]
+
+
+def _at_most(name: str, value: float, target: float) -> Target:
+    return Target(name=name, value=value, target=target, met=value <= target)
