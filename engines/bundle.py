@@ -6,8 +6,8 @@
     <engine>/...                what the backend compiled
 
 So the sha256 of bundle.json alone identifies every byte of a bundle. Opening hashes the small files and compares
-the sizes of the engines' files; loading an engine hashes its files too (about 0.1 s for 200 MB), because a flipped
-bit in weights is wrong text and not an error.
+the sizes of the engines' files; loading an engine hashes its files too, unless they are known to be unchanged since
+they were hashed (see verified.py), because a flipped bit in weights is wrong text and not an error.
 """
 
 import hashlib

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from edgellm.engines.base import Engine, SumOverRanks
-from edgellm.engines.bundle import BundleError, engine_spec, open_bundle, verify_files
+from edgellm.engines.bundle import BundleError, engine_spec, open_bundle
 from edgellm.engines.kv import HostKvPool, KvContract
 from edgellm.engines.spec import EngineSpec
+from edgellm.engines.verified import verify_once
 
 LOCAL_DEVICE_CLASS: Final = "cpu-local"
 """Device class of a machine that was not told that it is something else."""
@@ -36,7 +37,7 @@ def load_engine(
     """Load engine `name` of a bundle, on a pool of its own with `kv_blocks` blocks, or on `pool`.
 
     `threads`: None lets the backend choose. `device_class`: what this device is. A tensor-parallel rank needs
-    `sum_over_ranks`. Every file of the engine is hashed.
+    `sum_over_ranks`. Every file of the engine is hashed, unless it is known unchanged.
     Raises BundleError if the bundle or engine is damaged, of another version, or for another device class, and
     ValueError if `pool` does not hold this engine's KV.
     """
@@ -75,7 +76,7 @@ def create_engine(
             f"engine {spec.name} was compiled by {spec.backend} backend {spec.backend_version}, "
             f"this one is {backend.version}; rebuild the bundle with edgellm-build"
         )
-    verify_files(folder, spec.files)
+    verify_once(folder, spec.files)
     if pool is None:
         pool = engine_pool(contract, spec, engine_layers(spec), kv_blocks)
     _check_pool(pool, contract, spec)
