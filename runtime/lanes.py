@@ -93,7 +93,7 @@ class Lanes:
             engine = self.stages.of(route[0].layers)
             if engine is None:
                 raise KeyError(route[0].layers)
-            batcher = DecodeBatcher(engine.spec.limits, depth=micro_batches(route))
+            batcher = DecodeBatcher(engine.spec.limits, depth=micro_batches(route), is_followed=len(route) > 1)
             self._writers[route] = DecodeLane(route=route, engine=engine, batcher=batcher)
         return self._writers[route]
 

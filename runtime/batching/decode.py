@@ -1,6 +1,6 @@
 """Iteration-level (continuous) batching: every step takes one row of each running sequence, and catch-up rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -40,8 +40,10 @@ class TokenGenerated:
 class _Running:
     """A sequence: its tokens, and how many of them have KV."""
 
-    def __init__(self, continuation: Continuation) -> None:
+    def __init__(self, continuation: Continuation, *, is_new: bool) -> None:
         self.continuation = continuation
+        self.is_new = is_new
+        """No node after this one is known to have its KV yet."""
         self.transcript = Transcript(continuation.prompt, continuation.generated, continuation.generation)
         self.num_computed = len(continuation.prompt) if continuation.computed is None else continuation.computed
         self.step: Step | None = None
@@ -69,12 +71,14 @@ class DecodeBatcher:
     Where limits allow fewer sequences in a step than are running, the least recently served go first. Every sequence
     of a step gets one row; rows left over go to those that catch up on known tokens. A pipeline of `depth` hosts has
     up to that many steps under way (micro-batches), each with its share of the sequences, so that every host has one.
+    Where other nodes follow, new sequences take their first step apart, beside those: it may wait there for KV.
     """
 
-    def __init__(self, limits: EngineLimits, depth: int = 1) -> None:
+    def __init__(self, limits: EngineLimits, *, depth: int = 1, is_followed: bool = False) -> None:
         self._max_rows = limits.max_rows
         self._max_sequences = min(limits.max_sequences, limits.max_rows)
         self._depth = depth
+        self._is_followed = is_followed
         self._running: dict[Attempt, _Running] = {}
         """Least recently served first."""
 
@@ -85,10 +89,10 @@ class DecodeBatcher:
     @property
     def steps_under_way(self) -> int:
         """Planned and not committed, but for those of which every sequence was removed."""
-        return len({id(running.step) for running in self._running.values() if running.step is not None})
+        return self._steps(self._running.values())
 
     def add(self, continuation: Continuation) -> None:
-        self._running[continuation.attempt] = _Running(continuation)
+        self._running[continuation.attempt] = _Running(continuation, is_new=self._is_followed)
 
     def remove(self, attempt: Attempt) -> None:
         """Forget a sequence; a step that contains it may still be committed."""
@@ -96,19 +100,11 @@ class DecodeBatcher:
 
     def plan(self) -> Step | None:
         """The next iteration, or None if nothing can run before another step is committed."""
-        if self.steps_under_way >= self._depth:
-            return None
-        served = list(islice(self._idle(), min(self._max_sequences, -(-len(self._running) // self._depth))))
-        rows_left = self._max_rows - len(served)
-        segments = []
-        for running in served:
-            extra = min(running.pending - 1, rows_left)
-            rows_left -= extra
-            segments.append(running.segment(1 + extra))
-        step = build_step(segments) if segments else None
-        for running in served:
-            running.step = step
-        return step
+        settled = [running for running in self._running.values() if not running.is_new]
+        share = -(-len(settled) // self._depth) if self._steps(settled) < self._depth else 0
+        return self._plan(settled, share) or self._plan(
+            [running for running in self._running.values() if running.is_new], self._max_sequences
+        )
 
     def commit(self, step: Step, sampled: Sequence[Sampled]) -> list[TokenGenerated]:
         """Take in a finished step; `sampled` in the order of `step.samples`."""
@@ -124,14 +120,29 @@ class DecodeBatcher:
                 generated.append(self._append(running, draw))
         return generated
 
-    def _idle(self) -> Iterator[_Running]:
-        return (running for running in self._running.values() if running.step is None)
+    def _plan(self, sequences: Sequence[_Running], share: int) -> Step | None:
+        """A step of at most `share` sequences that are in none."""
+        idle = (running for running in sequences if running.step is None)
+        served = list(islice(idle, min(self._max_sequences, share)))
+        rows_left = self._max_rows - len(served)
+        segments = []
+        for running in served:
+            extra = min(running.pending - 1, rows_left)
+            rows_left -= extra
+            segments.append(running.segment(1 + extra))
+        step = build_step(segments) if segments else None
+        for running in served:
+            running.step = step
+        return step
+
+    def _steps(self, sequences: Iterable[_Running]) -> int:
+        return len({id(running.step) for running in sequences if running.step is not None})
 
     def _serve(self, running: _Running, rows: int) -> None:
         attempt = running.continuation.attempt
         self._running[attempt] = self._running.pop(attempt)
         running.num_computed += rows
-        running.step = None
+        running.step, running.is_new = None, False
 
     def _append(self, running: _Running, draw: Sampled) -> TokenGenerated:
         token = running.transcript.append(draw)

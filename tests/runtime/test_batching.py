@@ -222,6 +222,56 @@ def test_catching_up_does_not_starve_and_is_not_starved():
     assert set(served.values()) == {20}
 
 
+def add_answers(batcher: DecodeBatcher, numbers: range) -> None:
+    for number in numbers:
+        one = np.zeros(1, np.int32)
+        batcher.add(
+            Continuation(attempt=attempt(number), prompt=one, generated=one, blocks=one, generation=generation(100))
+        )
+
+
+def numbers_of(step: Step | None) -> list[int]:
+    assert step is not None
+    return [int(segment.attempt.request_id[1:]) for segment in step.segments]
+
+
+def commit(batcher: DecodeBatcher, step: Step | None) -> None:
+    assert step is not None
+    batcher.commit(step, [Sampled(token_id=1, logprob=0.0)] * len(step.samples))
+
+
+def test_micro_batches_share_the_sequences_and_no_sequence_is_in_two():
+    batcher = DecodeBatcher(make_limits(8, 8), depth=2)
+    add_answers(batcher, range(5))
+    first, second = batcher.plan(), batcher.plan()
+    assert (numbers_of(first), numbers_of(second)) == ([0, 1, 2], [3, 4])
+    assert batcher.plan() is None
+    commit(batcher, second)
+    third = batcher.plan()
+    assert numbers_of(third) == [3, 4]
+    commit(batcher, first)
+    assert (numbers_of(batcher.plan()), batcher.steps_under_way) == ([0, 1, 2], 2)
+    for number in range(3):
+        batcher.remove(attempt(number))
+    assert batcher.steps_under_way == 1
+
+
+def test_a_sequence_that_waits_for_kv_at_another_node_holds_up_no_other():
+    batcher = DecodeBatcher(make_limits(8, 8), is_followed=True)
+    add_answers(batcher, range(2))
+    commit(batcher, batcher.plan())
+    add_answers(batcher, range(2, 4))
+    settled, new = batcher.plan(), batcher.plan()
+    assert (numbers_of(settled), numbers_of(new)) == ([0, 1], [2, 3])
+    for _ in range(3):
+        commit(batcher, settled)
+        settled = batcher.plan()
+        assert numbers_of(settled) == [0, 1]
+    commit(batcher, new)
+    commit(batcher, settled)
+    assert sorted(numbers_of(batcher.plan())) == [0, 1, 2, 3]
+
+
 @settings(max_examples=15)
 @given(st.data())
 def test_batched_answers_equal_answers_alone(data):
