@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from edgellm.runtime.kv.copying.queue import CopyConfig
 from edgellm.runtime.kv.types import Attempt
-from tests.runtime.conftest import LAYERS, attempt, eventually, one_by_one, random_prompt, staged_answer
+from tests.runtime.conftest import CONTRACT, LAYERS, attempt, eventually, one_by_one, random_prompt, staged_answer
 from tests.runtime.takeover import Part, Request, on_nodes
 
 ALL = range(LAYERS)
@@ -179,6 +180,27 @@ def test_the_node_that_read_the_prompt_can_be_asked_for_a_copy_later():
         await request.release()
 
     on_nodes(test, decoders("a") | {"reader": {"phase": "decode"}})
+
+
+def test_an_answer_goes_on_from_int8_copies_too():
+    """Its further tokens may differ: the KV is not bit for bit what it was."""
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        await request.begin("reader", [Part(ALL, "a")])
+        await request.read_tokens(6)
+        request.protect([Part(ALL, "a", "b")])
+        await request.protected(tokens=len(PROMPT) + 4)
+        watermark = request.watermark(request.parts[0])
+        received = nodes.running["b"].server._holder.counters
+        assert received.bytes < 0.7 * received.tokens * CONTRACT.bytes_per_token
+        await nodes.kill("a")
+        request.resume([Part(ALL, "b")], tokens=watermark)
+        await request.read_tokens(MAX_TOKENS)
+        assert request.failures() == []
+        await request.release()
+
+    on_nodes(test, decoders("ab"), copies=CopyConfig(codec="int8"))
 
 
 def test_many_answers_share_the_copies_stream():
