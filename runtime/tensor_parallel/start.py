@@ -12,6 +12,8 @@ async def serve_rank(config: NodeConfig, spec: EngineSpec) -> None:
             f"engine {spec.name} is rank {spec.rank} of {spec.world}, which read prompts together; "
             "give all of them the same --tp-leader HOST:PORT, an address of rank 0's host"
         )
+    if spec.rank and config.metrics_port is not None:
+        raise NodeError(f"rank {spec.rank} of {spec.name} has no metrics of its own; leave out --metrics-port")
     try:
         from edgellm.runtime.tensor_parallel.follower import follow
         from edgellm.runtime.tensor_parallel.leader import lead
