@@ -12,10 +12,10 @@ from typing import Final, assert_never
 import grpc
 import grpc.aio
 
-from edgellm.engines.spec import EngineSpec
 from edgellm.runtime import messages
 from edgellm.runtime.config import NodeConfig, NodeError
 from edgellm.runtime.engine_loop import EngineLoop
+from edgellm.runtime.hello import introduce
 from edgellm.runtime.host import address_towards, host_id, memory
 from edgellm.runtime.join import JoinClient, JoinHooks
 from edgellm.runtime.kv.copying.holder import CopyHolder
@@ -34,7 +34,7 @@ from edgellm.runtime.rpc import cluster_pb2, kv_pb2_grpc, stage_pb2_grpc
 from edgellm.runtime.stages.servicer import ServicerHooks, StageExchangeServicer
 from edgellm.runtime.stages.streams import StageStreams, StreamHooks
 from edgellm.runtime.tasks import race
-from edgellm.runtime.wire import event_to_proto, held_to_proto
+from edgellm.runtime.wire import event_to_proto
 
 _TICK_S: Final = 0.05
 
@@ -241,22 +241,12 @@ class NodeServer:
             self._crash.set_exception(error)
 
     def _hello(self) -> cluster_pb2.Hello:
-        pool, engines = self._engines.pool, self._engines
-        return cluster_pb2.Hello(
-            node_id=self._config.node_id,
-            pid=os.getpid(),
-            role=engines.role,
-            device_class=engines.all[0].spec.device_class,
-            bundle_sha256=engines.bundle_sha256,
-            kv_contract_sha256=engines.contract.sha256,
-            engines=[_engine_info(engine.spec, planned=engine.spec.name == engines.planned) for engine in engines.all],
-            kv_blocks=pool.num_blocks,
-            block_tokens=pool.contract.block_tokens,
+        return introduce(
+            self._config,
+            self._engines,
             exchange_address=self._exchange_address,
             host_id=self._host_id,
-            kv_bytes_per_token=engines.contract.bytes_per_token,
-            spare=self._config.spare,
-            held=[held_to_proto(held) for held in self.node.held],
+            held=self.node.held,
         )
 
     def _heartbeat(self) -> cluster_pb2.Heartbeat:
@@ -274,22 +264,6 @@ class NodeServer:
             prefill_tokens_per_s=progress.prefill_tokens_per_s,
             decode_step_ms=progress.decode_step_ms,
         )
-
-
-def _engine_info(spec: EngineSpec, *, planned: bool) -> cluster_pb2.EngineInfo:
-    return cluster_pb2.EngineInfo(
-        name=spec.name,
-        phase=spec.phase,
-        first_layer=spec.first_layer,
-        num_layers=spec.num_layers,
-        rank=spec.rank,
-        world=spec.world,
-        precision=spec.precision,
-        max_rows=spec.limits.max_rows,
-        max_sequences=spec.limits.max_sequences,
-        max_seq_len=spec.limits.max_seq_len,
-        planned=planned,
-    )
 
 
 def _reachable_host(listen_host: str, orchestrator: str) -> str:
