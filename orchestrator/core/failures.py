@@ -40,8 +40,6 @@ def go_on_without(
 ) -> bool:
     """Fence the attempt and go on: True if from copies, False if the prompt has to be read again."""
     takeover = plan_for(state, request, lost)
-    if request.unproven and takeover is not None:
-        request.attempts += 1  # the last takeover came to nothing: these are bounded like attempts
     if takeover is None or request.attempts >= state.config.max_attempts or not _is_sooner(state, request, takeover):
         avoid = next(iter(lost), None)
         state.try_elsewhere(request, avoid, why, last_sign_s=last_sign_s)

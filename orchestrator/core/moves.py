@@ -33,7 +33,7 @@ def move_from_draining(state: ClusterState) -> None:
         return
     for request in list(state.requests.values()):
         slow = [node for connection, node in draining.items() if request.needs(connection)]
-        if slow and not request.unproven:
+        if slow and request.attempts == 0:
             _move(state, request, slow, set(draining))
 
 

@@ -90,5 +90,5 @@ def _parts(state: ClusterState, attempt: AttemptId) -> Iterator[Part]:
     for node in state.nodes.alive():
         home = node.carrier(state.config.cut).home
         for part in node.held:
-            if part.attempt == attempt:
+            if part.attempt == attempt and attempt in node.leases:
                 yield Part(connection=node.connection, layers=part.layers, tokens=part.tokens, home=home)

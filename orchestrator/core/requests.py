@@ -87,6 +87,7 @@ class Request:
     """When something was last heard of it."""
     tokens: list[int] = field(default_factory=list)
     attempts: int = 0
+    """Since the last token."""
     avoid: set[ConnectionId] = field(default_factory=set)
     path: PrefillPath | None = None
     kv: KvTransfer = field(default_factory=KvTransfer)
@@ -99,8 +100,6 @@ class Request:
     kv_tokens: int = 0
     """Positions that every stage of the pipeline is known to have."""
     stalled: Stall | None = None
-    unproven: bool = False
-    """No token has come since the last takeover."""
     no_copies_on: set[ConnectionId] = field(default_factory=set)
     """Nodes that let go of a copy of the attempt under way, and are fenced off from it."""
     protect_from_s: float = 0.0
@@ -171,7 +170,7 @@ class Request:
         self.forget_kv()
         self.copies, self.kv_tokens = takeover.copies, takeover.tokens
         self.progress_s = self.protect_from_s = now_s
-        self.unproven = True
+        self.attempts += 1
         self.clock.commanded(now_s)
         self.clock.restored(now_s)
 
@@ -187,7 +186,7 @@ class Request:
         self.first_token_s = self.first_token_s if self.first_token_s is not None else now_s
         self.last_token_s = now_s
         self.clock.token(now_s)
-        self.unproven = False
+        self.attempts = 0
         self.kv_tokens = len(self.spec.prompt) + len(self.tokens) - 1
 
     def waiting_view(self, config: CoreConfig) -> WaitingRequest:

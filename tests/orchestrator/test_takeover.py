@@ -426,7 +426,7 @@ def test_a_node_out_of_reach_of_its_peer_is_gone_round_and_gets_nothing_new_for_
 def test_without_copies_a_broken_link_is_tried_again_and_not_for_ever():
     cluster = Cluster(PREFILL, D0, D1, hot_copies=False, max_attempts=3)
     cluster.decode(tokens=4)
-    for _ in range(2):
+    for _ in range(3):
         cluster.happens(PipelineBroken(connection=D0, peer=NodeId("d1"), attempts=(cluster.attempt,)))
         decodes = all_of(StartDecode, cluster.passes(0.2, PREFILL, D0, D1))
         assert [(d.connection, d.resume_tokens) for d in decodes] == [(D0, 43), (D1, 43)]
