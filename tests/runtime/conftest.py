@@ -404,28 +404,47 @@ def cluster(test, **options):
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model compiled for the native engine, twice: as a prefill and as a decode engine."""
-    folder = tmp_path_factory.mktemp("tiny") / "bundle"
-    graph, limits = tiny_graph(), EngineLimits(max_rows=64, max_sequences=8, max_seq_len=MAX_SEQ_LEN)
-    for name, phase in (("prefill-tp0of1", "prefill"), ("decode-pp0of1", "decode")):
-        (folder / name).mkdir(parents=True)
-        compile_engine(graph, tiny_weights(graph), contract=CONTRACT, limits=limits, folder=folder / name)
-        files = tuple(
-            EngineFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
-            for path in sorted((folder / name).iterdir())
-        )
-        spec = EngineSpec(
-            name=name, phase=phase, backend="cpu", backend_version=BACKEND_VERSION, device_class="cpu-local",
-            first_layer=0, num_layers=LAYERS, rank=0, world=1, precision="half", hidden_size=HIDDEN_SIZE,
-            vocab_size=VOCAB, limits=limits, files=files,
-        )  # fmt: skip
-        (folder / name / "engine.json").write_bytes(msgspec.json.encode(spec))
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle", [(LAYERS,)])
+
+
+@pytest.fixture(scope="session")
+def staged_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise, with a takeover engine of all layers and stages of one layer each."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("staged") / "bundle", [(LAYERS,), (1,) * LAYERS])
+
+
+def write_tiny_bundle(folder: Path, cuts: Sequence[Sequence[int]]) -> Path:
+    """One prefill engine, and decode stages of so many layers for each cut."""
+    graph = tiny_graph()
+    engines = [_compile(folder, "prefill", "prefill-tp0of1", graph, 0, 1)]
+    for counts in cuts:
+        for stage, part in enumerate(cut_stages(graph, counts)):
+            name = f"decode-pp{stage}of{len(counts)}"
+            engines.append(_compile(folder, "decode", name, part, stage, len(counts)))
     model = ModelInfo(
         id="tiny", architecture="llama", checkpoint_sha256="0", num_layers=LAYERS, hidden_size=HIDDEN_SIZE,
         vocab_size=VOCAB, max_seq_len=MAX_SEQ_LEN, bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
     bundle = Bundle(
-        schema_version=SCHEMA_VERSION, model=model, kv=CONTRACT, engines=("prefill-tp0of1", "decode-pp0of1"),
+        schema_version=SCHEMA_VERSION, model=model, kv=CONTRACT, engines=tuple(engines),
         plan=Plan(placements=(), predicted_ttft_ms=0, predicted_tpot_ms=0), quality=None,
     )  # fmt: skip
     (folder / "bundle.json").write_bytes(msgspec.json.encode(bundle))
     return folder
+
+
+def _compile(bundle: Path, phase: Phase, name: str, graph: Graph, rank: int, world: int) -> str:
+    limits, folder = EngineLimits(max_rows=64, max_sequences=8, max_seq_len=MAX_SEQ_LEN), bundle / name
+    folder.mkdir(parents=True)
+    compile_engine(graph, tiny_weights(tiny_graph()), contract=CONTRACT, limits=limits, folder=folder)
+    files = tuple(
+        EngineFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+        for path in sorted(folder.iterdir())
+    )
+    spec = EngineSpec(
+        name=name, phase=phase, backend="cpu", backend_version=BACKEND_VERSION, device_class="cpu-local",
+        first_layer=graph.first_layer, num_layers=graph.num_layers, rank=rank, world=world, precision="half",
+        hidden_size=HIDDEN_SIZE, vocab_size=VOCAB, limits=limits, files=files,
+    )  # fmt: skip
+    (folder / "engine.json").write_bytes(msgspec.json.encode(spec))
+    return name
