@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> Report:
 
 def _climb(server: Server, rates: Sequence[float], duration_s: float, say: Callable[[str], None]) -> Iterator[Step]:
     """Up to the first rate that it does not hold."""
+    say(f"starting {server.name}")
     with server.start() as running:
         warm_up(running)
         for rate in rates:

@@ -55,8 +55,8 @@ def servers(bundle: Path, threads: int, say: Callable[[str], None]) -> list[Serv
             format="prefill node in bf16, decode node in INT4, each a process",
             start=lambda: _edgellm(bundle),
         ),
-        Server(name="llama-server", format="Q4_0", start=lambda: _llama_server(environments, store, threads, say)),
-        Server(name="vLLM", format="bf16", start=lambda: _vllm(environments, store, say)),
+        Server(name="llama-server", format="Q4_0", start=lambda: _llama_server(environments, store, threads)),
+        Server(name="vLLM", format="bf16", start=lambda: _vllm(environments, store)),
     ]
 
 
@@ -73,36 +73,31 @@ def _edgellm(bundle: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def _llama_server(
-    environments: Environments, store: ModelStore, threads: int, say: Callable[[str], None]
-) -> Iterator[Running]:
+def _llama_server(environments: Environments, store: ModelStore, threads: int) -> Iterator[Running]:
     environment = environments.prepare("llama_cpp")
     model = store.converted(MODEL, environment, "int4") / "model.gguf"
     port = _free_port()
     command = [str(llama_cpp_build.server(ROOT / "llama_cpp")), "--model", str(model)]
     command += ["--ctx-size", str(SLOTS * MAX_SEQ_LEN), "--parallel", str(SLOTS), "--threads", str(threads)]
-    with _http_server(command, environment.variables, port, "smollm2", say) as running:
+    with _http_server(command, environment.variables, port, "smollm2") as running:
         yield running
 
 
 @contextlib.contextmanager
-def _vllm(environments: Environments, store: ModelStore, say: Callable[[str], None]) -> Iterator[Running]:
+def _vllm(environments: Environments, store: ModelStore) -> Iterator[Running]:
     environment = environments.prepare("vllm")
     model, port = str(store.hugging_face(MODEL)), _free_port()
     command = [str(environment.python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--dtype", "bfloat16", "--max-num-seqs", str(SLOTS), "--max-model-len", str(MAX_SEQ_LEN)]
     command += ["--no-enable-prefix-caching"]
     variables = environment.variables | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    with _http_server(command, variables, port, model, say) as running:
+    with _http_server(command, variables, port, model) as running:
         yield running
 
 
 @contextlib.contextmanager
-def _http_server(
-    command: Sequence[str], variables: dict[str, str], port: int, model: str, say: Callable[[str], None]
-) -> Iterator[Running]:
+def _http_server(command: Sequence[str], variables: dict[str, str], port: int, model: str) -> Iterator[Running]:
     """A process group of its own, so that all of its processes can be stopped."""
-    say(f"starting {Path(command[0]).name}")
 
     @contextlib.asynccontextmanager
     async def client() -> AsyncIterator[Client]:
