@@ -23,7 +23,9 @@ class Features:
     """Layers that not every version has."""
 
     attention: bool
-    """Attention, rotary embedding and cache update in one layer each; TensorRT 10.16 and RTX 1.5 have them."""
+    """Attention, rotary embedding and cache update in one layer each; TensorRT 10.16 and RTX have them."""
+    lengths: bool
+    """That attention layer takes the number of keys of each slot, and masks from the lower right; in RTX."""
     collective: bool
     """Sums over ranks inside of a network."""
 
@@ -61,7 +63,9 @@ def find_api(products: Sequence[str] = tuple(MODULES)) -> Api:
 
 def _features(trt: Any) -> Features:
     network = trt.INetworkDefinition
-    fused = ("add_attention_v2", "add_rotary_embedding", "add_kv_cache_update")
+    fused = ("add_attention", "add_rotary_embedding", "add_kv_cache_update")
     return Features(
-        attention=all(hasattr(network, name) for name in fused), collective=hasattr(network, "add_dist_collective")
+        attention=all(hasattr(network, name) for name in fused),
+        lengths=hasattr(network, "add_attention_v2"),
+        collective=hasattr(network, "add_dist_collective"),
     )

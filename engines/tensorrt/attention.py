@@ -26,9 +26,11 @@ class AttentionForm(Protocol):
 class FusedAttention:
     """One layer each; the cache is updated in place."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, *, knows_lengths: bool) -> None:
+        """`knows_lengths`: the attention layer takes the number of keys of each slot."""
         self._step = step
         self._layers = step.layers
+        self._knows_lengths = knows_lengths
 
     def rope(self, op: Rope, x: Tensor) -> Tensor:
         cos, sin = rotation_tables(self._layers, op, self._step.bounds.capacity)
@@ -38,8 +40,8 @@ class FusedAttention:
 
     def attention(self, op: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._updated("k", op, k), self._updated("v", op, v)
-        is_decode = self._step.bounds.is_decode
-        return (self._one_row if is_decode else self._many_rows)(op, q, keys, values)
+        is_simple = self._step.bounds.is_decode and self._knows_lengths
+        return (self._one_row if is_simple else self._many_rows)(op, q, keys, values)
 
     def _one_row(self, op: Attention, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """A slot's only row sees all of its tokens."""
@@ -51,15 +53,19 @@ class FusedAttention:
         """Rows of slots of several lengths, with an explicit mask: how LOWER_RIGHT counts where both a chunk is padded
         and slots differ in length is not written down."""
         mask = self._step.is_visible
-        layer = self._softmax(op, q, self._step.first_tokens(keys), self._step.first_tokens(values), "NONE")
+        keys, values = self._step.first_tokens(keys), self._step.first_tokens(values)
+        layer = self._softmax(op, q, keys, values, "NONE")
         layer.mask = mask
         return layer.get_output(0)
 
     def _softmax(self, op: Attention, q: Tensor, keys: Tensor, values: Tensor, causal: str) -> Any:
         """Decomposable: head sizes that no kernel was made for run in several."""
-        trt = self._layers.trt
-        kind, normalization = getattr(trt.CausalMaskKind, causal), trt.AttentionNormalizationOp.SOFTMAX
-        layer = self._layers.network.add_attention_v2(q, keys, values, normalization, kind)
+        trt, network = self._layers.trt, self._layers.network
+        softmax = trt.AttentionNormalizationOp.SOFTMAX
+        if hasattr(network, "add_attention_v2"):
+            layer = network.add_attention_v2(q, keys, values, softmax, getattr(trt.CausalMaskKind, causal))
+        else:
+            layer = network.add_attention(q, keys, values, softmax, causal != "NONE")
         self._layers.checked(layer, f"the attention of layer {op.layer}").decomposable = True
         return layer
 

@@ -43,7 +43,7 @@ class DeviceNetworks:
             self._new = self._cuda.mem_alloc(self._new_bytes(manifest.bounds.max_batch, manifest.bounds.max_chunk))
             api = find_api([manifest.version.split("-")[0]])
             self._networks = [
-                NetworkContext(api, self._cuda, self._stream, folder, info, is_static=manifest.bounds.is_decode)
+                NetworkContext(api, self._cuda, self._stream, folder, info, is_static=manifest.is_static(info))
                 for info in manifest.networks
             ]
 

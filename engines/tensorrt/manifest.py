@@ -72,6 +72,10 @@ class EngineManifest:
         names = [tensor.name for tensor in self.networks[-1].outputs]
         return interface.LOGITS if interface.LOGITS in names else interface.HIDDEN
 
+    def is_static(self, network: NetworkInfo) -> bool:
+        """Whether every step has the same shapes: that of a decode network which does not cut the caches."""
+        return self.bounds.is_decode and all(tensor.name != interface.VISIBLE for tensor in network.inputs)
+
     @property
     def caches(self) -> tuple[TensorInfo, ...]:
         """Cache inputs of all networks: K and V of the first layer, then of the next."""

@@ -47,7 +47,9 @@ def emit(segment: Segment, weights: WeightStore, *, bounds: Bounds, api: Api, wo
     layers = Layers(api, network)
     step = Step(layers, bounds)
     writer = WeightWriter(layers, weights)
-    form: AttentionForm = FusedAttention(step) if api.features.attention else PrimitiveAttention(step)
+    form: AttentionForm = PrimitiveAttention(step)
+    if api.features.attention:
+        form = FusedAttention(step, knows_lengths=api.features.lengths)
     Emitter(step, writer, form, world).emit(segment)
     return EmittedNetwork(
         builder=builder,

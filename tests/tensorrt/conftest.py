@@ -60,10 +60,10 @@ def api() -> Api:
     return find_api(["tensorrt_rtx"])
 
 
-@pytest.fixture(params=["fused", "primitive"])
+@pytest.fixture(params=["fused", "fused, masked", "primitive"])
 def form(request: pytest.FixtureRequest, api: Api) -> Api:
-    """The module as it is, and as if it had none of the attention layers."""
-    return offering(api, attention=request.param == "fused")
+    """The module as it is, as if its attention took no lengths, and as if it had none of the attention layers."""
+    return offering(api, attention=request.param != "primitive", lengths=request.param == "fused")
 
 
 def offering(api: Api, **features: bool) -> Api:

@@ -7,6 +7,9 @@ import pytest
 from edgellm.builder.cli import main
 from edgellm.engines.bundle import open_bundle
 
+pytestmark = pytest.mark.timeout(900)
+"""Seven engines are built; on a machine that other work shares, that takes its time."""
+
 
 @pytest.fixture(scope="module")
 def build(stories260k, c4_file, tmp_path_factory):
