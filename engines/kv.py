@@ -163,7 +163,8 @@ class HostKvPool:
 
     def read_rows(self, blocks: Slots, tokens: Slots, layers: range) -> npt.NDArray[np.uint8]:
         shape = (len(blocks), len(layers), -1)
-        return np.concatenate([plane[:, blocks, :, tokens].reshape(shape) for plane in self._planes(layers)], axis=2)
+        planes = [plane[:, blocks, :, tokens].reshape(shape) for plane in self._planes(layers)]
+        return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
 
     def write_rows(self, blocks: Slots, tokens: Slots, layers: range, rows: npt.NDArray[np.uint8]) -> None:
         start = 0

@@ -7,6 +7,9 @@ from edgellm.runtime.rpc import kv_pb2
 Carrier: TypeAlias = kv_pb2.KvChunk | kv_pb2.KvCopyMessage
 """Messages that hold a payload, or say where it is."""
 
+Payload: TypeAlias = bytes | memoryview
+"""Of bytes."""
+
 
 class TransportError(Exception):
     """A transport that cannot be used between these two nodes, or a chunk that names memory outside of it."""
@@ -17,7 +20,7 @@ class Outgoing(Protocol):
 
     name: str
 
-    async def place(self, chunk: Carrier, payload: bytes) -> None:
+    async def place(self, chunk: Carrier, payload: Payload) -> None:
         """Make the payload reachable for the receiver and say in `chunk` where; waits for room."""
         ...
 

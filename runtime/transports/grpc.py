@@ -1,13 +1,13 @@
 """Payloads inside the gRPC messages: between any two nodes that reach each other."""
 
-from edgellm.runtime.transports.base import Carrier, TransportError
+from edgellm.runtime.transports.base import Carrier, Payload, TransportError
 
 
 class GrpcOutgoing:
     name = "grpc"
 
-    async def place(self, chunk: Carrier, payload: bytes) -> None:
-        chunk.inline_payload = payload
+    async def place(self, chunk: Carrier, payload: Payload) -> None:
+        chunk.inline_payload = bytes(payload)
 
     def release(self, chunk: Carrier) -> None:
         """gRPC has its own copy."""

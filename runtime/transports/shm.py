@@ -12,7 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
-from edgellm.runtime.transports.base import Carrier, TransportError
+from edgellm.runtime.transports.base import Carrier, Payload, TransportError
 from edgellm.runtime.transports.ring import RingSpace
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -34,7 +34,7 @@ class ShmOutgoing:
         self.size = size
         self.ring_name = f"{os.getpid()}:{self._fd}:{label}"
 
-    async def place(self, chunk: Carrier, payload: bytes) -> None:
+    async def place(self, chunk: Carrier, payload: Payload) -> None:
         while (offset := self._space.take(len(payload))) is None:
             self._room.clear()
             await self._room.wait()

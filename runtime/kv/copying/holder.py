@@ -131,10 +131,16 @@ class CopyHolder:
         for one in accepted:
             alike[one.entry.layers, one.entry.codec].append(one)
         for (layers, codec), ones in alike.items():
-            rows = b"".join(memoryview(payload)[one.offset : one.offset + one.entry.length] for one in ones)
             shape = (-1, len(layers), wire_row_bytes(codec, self.holdings.pool.contract))
-            shaped = np.frombuffer(rows, np.uint8).reshape(shape)
-            write_spans(self.holdings.pool, layers, [one.span for one in ones], shaped, codec)
+            rows = np.frombuffer(_bytes_of(ones, payload), np.uint8).reshape(shape)
+            write_spans(self.holdings.pool, layers, [one.span for one in ones], rows, codec)
         for one in accepted:
             self.holdings.add(one.entry.attempt, one.entry.layers, one.entry.tokens, "copy")
             self.counters.tokens += len(one.entry.tokens)
+
+
+def _bytes_of(accepted: Sequence[_Accepted], payload: bytes) -> bytes:
+    """Their part of the payload, which mostly is all of it."""
+    if sum(one.entry.length for one in accepted) == len(payload):
+        return payload
+    return b"".join(payload[one.offset : one.offset + one.entry.length] for one in accepted)

@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from edgellm.engines.kv import BlockId, KvPool
 from edgellm.runtime.kv.copying.queue import CopyConfig, CopyKey, CopyQueue, Refusal, Rows
@@ -170,14 +171,14 @@ class CopyStream:
         self.sent_bytes += len(payload)
         await write(call, message)
 
-    def _encode(self, rows: list[Rows]) -> tuple[kv_pb2.KvCopyMessage, bytes]:
+    def _encode(self, rows: list[Rows]) -> tuple[kv_pb2.KvCopyMessage, memoryview]:
         """One gather for all copies of the same layers; `rows` is brought into their order."""
         rows.sort(key=lambda one: (one.key.layers.start, one.key.layers.stop))
         parts = []
         for layers, group in groupby(rows, key=lambda one: one.key.layers):
             spans = [Span(blocks=self._blocks[one.key], tokens=one.tokens) for one in group]
-            parts.append(read_spans(self._pool, layers, spans, self._codec).tobytes())
-        payload = b"".join(parts)
+            parts.append(read_spans(self._pool, layers, spans, self._codec).reshape(-1))
+        payload = (parts[0] if len(parts) == 1 else np.concatenate(parts)).data
         entries = [self._entry(one) for one in rows]
         return kv_pb2.KvCopyMessage(checksum=zlib.crc32(payload), entries=entries), payload
 
