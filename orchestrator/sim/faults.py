@@ -29,8 +29,8 @@ _OF_NODES: tuple[FaultKind, ...] = (
     "partition",
 )
 _OF_THE_ORCHESTRATOR: tuple[FaultKind, ...] = ("pause", "clock jump", "delay", "crash", "crash", "crash")
-_CHANCE = 0.15
-"""Of a mishap, per message."""
+_CHANCES: dict[Mishap, float] = {"drop": 0.15, "duplicate": 0.15, "reorder": 0.15, "corrupt": 0.5}
+"""Per message; only those that carry KV are corrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def _begin(world: World, fault: Fault) -> None:
         case "narrow":
             trouble.bandwidth_share[fault.victim] = 0.02
         case "drop" | "duplicate" | "reorder" | "corrupt":
-            trouble.mishaps[fault.victim] = (fault.kind, _CHANCE)
+            trouble.mishaps[fault.victim] = (fault.kind, _CHANCES[fault.kind])
         case _:
             assert_never(fault.kind)
 

@@ -70,7 +70,7 @@ def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
     stages = rng.choice((1, 1, 2, 3))
     nodes = _draw_nodes(rng, stages)
-    asks = tuple(_draw_ask(rng, number) for number in range(rng.randint(2, 7)))
+    asks = tuple(_draw_ask(rng, number) for number in range(rng.randint(2, 6)))
     journal = rng.random() < 0.3
     names = [node.name for node in nodes]
     faults = draw_faults(rng, names, FAULTS_S, most=6, of_orchestrator=0.3 if journal else 0.0)
@@ -79,7 +79,7 @@ def draw_scenario(seed: int) -> Scenario:
 
 def _draw_nodes(rng: random.Random, stages: int) -> tuple[NodePlan, ...]:
     """Prefill nodes, one or two pipelines, and spares."""
-    half, kv_blocks = rng.random() < 0.7, rng.choice((24, 48, 96))
+    half, kv_blocks = rng.random() < 0.7, rng.choice((12, 24, 64))
     prefill = [_PREFILL_NODE] * rng.randint(1, 2)
     decode = [replace(_DECODE_NODE, engine=f"decode-pp{stage}of{stages}", half=half) for stage in range(stages)]
     decode *= rng.randint(1, 3) if stages == 1 else rng.choice((1, 1, 2))

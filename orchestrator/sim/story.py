@@ -20,8 +20,12 @@ class Story(logging.Handler):
         self._loop: SimulatedLoop | None = None
 
     def tell(self, line: str) -> None:
-        assert self._loop is not None
-        self.lines.append(f"{self._loop.time():9.4f} {line}")
+        if self._loop is not None:
+            self.lines.append(f"{self._loop.time():9.4f} {line}")
+
+    def end(self) -> None:
+        """What still comes is only the cleaning up."""
+        self._loop = None
 
     def emit(self, record: logging.LogRecord) -> None:
         self.tell(f"{current_process().name}: {record.getMessage()}")

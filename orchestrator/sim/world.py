@@ -92,6 +92,7 @@ class World:
             raise SimulationError(f"after {until_s:.0f} s these go on: {', '.join(self._what_goes_on())}")
 
     def tear_down(self) -> None:
+        self.story.end()
         self.network.close()
         processes = [process for machine in self.machines.values() for process in machine.history]
         self.loop.tear_down([self._customers, *processes])

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.sim.fuzz import draw_scenario, read_scenario, run_scenario, shrink, tell
 from edgellm.orchestrator.sim.story import Story
-from edgellm.runtime.kv.fence import EpochFence
-from edgellm.runtime.kv.inbox import KvInbox
 
-SEEDS = range(60)
+SEEDS = range(40)
 KEPT = sorted((Path(__file__).parent / "scenarios").glob("*.json"))
 
 
@@ -47,8 +46,13 @@ def test_a_seed_is_one_story():
 
 
 def test_a_failure_is_shrunk_to_a_short_story_that_can_be_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(EpochFence, "admits", lambda fence, attempt: True)
-    monkeypatch.setattr(KvInbox, "_problem", lambda inbox, arriving, chunk: None)
+    queue_again = ClusterState.try_elsewhere
+
+    def forget_tokens(state, request, avoid, why, **how):
+        request.tokens.clear()
+        queue_again(state, request, avoid, why, **how)
+
+    monkeypatch.setattr(ClusterState, "try_elsewhere", forget_tokens)
     failures = (failure_of(draw_scenario(seed)) for seed in range(200))
     failure = shrink(next(failure for failure in failures if failure is not None), DualPool)
     assert len(failure.scenario.asks) <= 2
