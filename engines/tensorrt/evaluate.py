@@ -86,7 +86,7 @@ def _step(trt: Any, layer: Any) -> _Step:
     if kind not in EVALUATORS:
         raise NotImplementedError(f"layer {layer.name} is a {kind}, which no emitter uses")
     class_name, evaluate = EVALUATORS[kind]
-    layer.__class__ = getattr(trt, class_name)
+    layer.__class__ = getattr(trt, class_name)  # the binding gives every layer back as its base class
     output = layer.get_output(0)
     return _Step(
         evaluate=evaluate,

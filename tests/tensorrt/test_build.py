@@ -106,6 +106,19 @@ def test_int4_linears_take_at_most_4_6_bits(kit, api):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_smollm2_decodes_in_int4(kit, api, smollm2: Path, tmp_path):
+    """All 30 layers; an engine that unpacked its int4 weights would be twice as large."""
+    checkpoint = open_checkpoint(str(smollm2))
+    graph = quantized_graph(build_graph(checkpoint.config), QuantizeOptions(act_bits=16, outliers=8))
+    model = kit.quantized(graph, {name: checkpoint.weights[name] for name in weight_shapes(graph)})
+    (network,) = compiled(api, graph, model.weights, tmp_path, phase="decode").networks
+    assert 8 * network.int4_bytes / network.int4_weights <= 4.6
+    assert network.engine_bytes < 150e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_smollm2_builds(api, smollm2: Path, tmp_path):
     """The prefill engine of a real model, all 30 layers."""
     checkpoint = open_checkpoint(str(smollm2))
