@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.pipelines import form_pipelines
 from edgellm.orchestrator.core.protection import copy_lag_tokens
 from edgellm.orchestrator.core.requests import Decoding, Request

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from edgellm.orchestrator.core.addresses import copies_of, stages_of
 from edgellm.orchestrator.core.commands import DropNode, HoldCopies, NoteTakeover, StartDecode
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.pipelines import Pipeline, connections_of, form_pipelines
 from edgellm.orchestrator.core.requests import Decoding, Request
 from edgellm.orchestrator.core.state import ClusterState

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.pipelines import connections_of
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering, Request
 from edgellm.orchestrator.core.state import ClusterState

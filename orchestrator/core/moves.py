@@ -1,7 +1,7 @@
 """Requests leave nodes that are alive but do not serve them: out of reach of a peer, or far slower than usual."""
 
 from edgellm.orchestrator.core.failures import go_on_without, plan_for, resume
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.requests import Decoding, Request, Stall
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.values import ConnectionId

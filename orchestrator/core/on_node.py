@@ -3,7 +3,7 @@
 from edgellm.orchestrator.core.commands import RefuseNode, ReleaseAttempt, WelcomeNode
 from edgellm.orchestrator.core.events import HeartbeatReceived, NodeJoined, NodeLost, PipelineBroken
 from edgellm.orchestrator.core.failures import bury_node, give_up_node
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.recovering import lease_held, recover_requests
 from edgellm.orchestrator.core.requests import Decoding, Stall
 from edgellm.orchestrator.core.state import ClusterState

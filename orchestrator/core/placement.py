@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from edgellm.orchestrator.core.addresses import target_of
 from edgellm.orchestrator.core.commands import StartPrefill
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.pipelines import Pipeline, connections_of, form_pipelines, solo_pipelines
 from edgellm.orchestrator.core.policy import NodeView, Placement, Policy, WaitingRequest
 from edgellm.orchestrator.core.protection import choose_copies

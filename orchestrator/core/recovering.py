@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence, Set
 
 from edgellm.orchestrator.core.events import RequestsRecovered
 from edgellm.orchestrator.core.failures import resume
-from edgellm.orchestrator.core.nodes import Node
+from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.requests import Queued, Recovering, Request
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.takeover import Part, Takeover, plan_from_parts

@@ -11,7 +11,8 @@ from edgellm.orchestrator.core.commands import (
     ReleaseAttempt,
 )
 from edgellm.orchestrator.core.config import CoreConfig
-from edgellm.orchestrator.core.nodes import Node, NodeRegistry
+from edgellm.orchestrator.core.node import Node
+from edgellm.orchestrator.core.nodes import NodeRegistry
 from edgellm.orchestrator.core.requests import Queued, Request
 from edgellm.orchestrator.core.values import AttemptId, ConnectionId, FinishReason, RequestId, SampledToken
 
