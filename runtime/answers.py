@@ -105,6 +105,10 @@ class Answers:
         return sum(answer.state == "waiting" for answer in self._answers.values())
 
     @property
+    def running(self) -> int:
+        return sum(answer.state == "running" for answer in self._answers.values())
+
+    @property
     def with_logprobs(self) -> frozenset[Attempt]:
         return frozenset(attempt for attempt, answer in self._answers.items() if answer.decode.generation.logprobs)
 

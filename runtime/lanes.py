@@ -77,10 +77,9 @@ class Lanes:
         return sum(lane.batcher.waiting for lane in (self.half, self.degraded) if lane is not None)
 
     @property
-    def running(self) -> int:
-        """Requests with a place in a batch here."""
-        batchers = [lane.batcher.running for lane in (self.half, self.degraded) if lane is not None]
-        return sum(batchers) + sum(lane.batcher.running for lane in self._writers.values())
+    def reading(self) -> int:
+        """Prompts with a place in a batch."""
+        return sum(lane.batcher.running for lane in (self.half, self.degraded) if lane is not None)
 
     @property
     def steps_elsewhere(self) -> int:

@@ -86,8 +86,8 @@ class Node:
 
     @property
     def running(self) -> int:
-        """Requests in a batch here."""
-        return self.lanes.running
+        """Prompts and answers under way here; an answer is so on every node of its pipeline."""
+        return self.lanes.reading + self._answers.running
 
     @property
     def held(self) -> list[HeldKv]:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import grpc.aio
 
@@ -20,6 +20,9 @@ from edgellm.runtime.tasks import race
 
 _Peer: TypeAlias = tuple[NodeId, str]
 _Call: TypeAlias = grpc.aio.StreamStreamCall[stage_pb2.StageStep, stage_pb2.StageResult]
+
+_CHANNEL_OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1), *CHANNEL_OPTIONS)
+"""A new stream tries to connect at once, whatever became of earlier ones to the same address."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class StageStreams:
     async def _run(self, peer: _Peer, stream: _Stream) -> None:
         node_id, address = peer
         try:
-            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
                 call = stage_pb2_grpc.StageExchangeStub(channel).Steps(None)
                 try:
                     await race(self._write(call, stream), self._read(call, stream))
