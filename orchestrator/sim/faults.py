@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, assert_never, get_args
 
 from edgellm.orchestrator.sim.loop import KERNEL
 from edgellm.orchestrator.sim.machines import Machine, SimulatedNode
+from edgellm.orchestrator.sim.network import Mishap
 from edgellm.orchestrator.sim.world import World
 
 FaultKind: TypeAlias = Literal[
