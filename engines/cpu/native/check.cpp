@@ -169,6 +169,7 @@ Floats run_cache(const KernelTable& kernels, const CacheCase& c) {
   (c.is_int8 ? kernels.store_kv_int8 : kernels.store_kv_fp16)(store, 0, total);
   AttentionPlan plan(c.kv_heads, c.num_heads / c.kv_heads, c.head_dim, c.rows);
   const auto first = static_cast<std::int32_t>(c.first_position);
+  plan.add({0, 0, first, nullptr});  // a sequence without rows
   plan.add({first, static_cast<std::int32_t>(c.rows), first, table.data()});
   const AttendArgs attend{
       {q.data(), heads}, {out.data(), heads}, plan.pieces().data(), plan.split().data(), c.num_heads, 0.3F, kv};
@@ -219,8 +220,9 @@ void check_isa(const std::string& isa) {
     }
   }
   for (const bool is_int8 : {false, true}) {
-    for (const CacheCase& c : {CacheCase{is_int8, 1, 0, 8}, CacheCase{is_int8, 21, 30, 20},
-                               CacheCase{is_int8, 2, 570, 64}, CacheCase{is_int8, 101, 200, 36}}) {
+    for (const CacheCase& c :
+         {CacheCase{is_int8, 1, 0, 8}, CacheCase{is_int8, 21, 30, 20}, CacheCase{is_int8, 2, 570, 64},
+          CacheCase{is_int8, 101, 200, 36}, CacheCase{is_int8, 1, 600, 128}}) {
       // AMX multiplies in bf16.
       compare(isa + " cache of " + std::to_string(c.head_dim), run_cache(kernels, c), run_cache(twins, c),
               isa == "amx" ? 2e-2F : 1e-4F);
