@@ -198,6 +198,8 @@ class NodeServer:
             yield
         finally:
             await server.stop(grace=None)
+            await servicer.streams.ended()
+            await steps.streams.ended()
 
     def _emit(self, event: messages.Event) -> None:
         self.metrics.event(event)

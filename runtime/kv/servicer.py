@@ -20,6 +20,7 @@ from edgellm.runtime.kv.inbox import Chunk, Corrupt, Installed, KvInbox, NoCapac
 from edgellm.runtime.kv.sessions import Session, Sessions, SessionsFullError, session_name
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.rpc import kv_pb2, kv_pb2_grpc
+from edgellm.runtime.streams import OpenStreams
 from edgellm.runtime.transports.base import Incoming, TransportError
 from edgellm.runtime.transports.grpc import GrpcIncoming
 from edgellm.runtime.transports.shm import ShmIncoming
@@ -67,6 +68,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         self._config = config
         self._on_crash = on_crash
         self._sessions = Sessions(config.max_sessions)
+        self.streams = OpenStreams()
 
     async def Handshake(  # noqa: N802  # named by the proto file
         self, request: kv_pb2.KvHello, context: grpc.aio.ServicerContext[kv_pb2.KvHello, kv_pb2.KvWelcome]
@@ -103,6 +105,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
     async def _stream(self, context: _PushContext | CopyContext) -> AsyncIterator[Session]:
         """The handshake that a stream belongs to. A stream that breaks ends quietly."""
         try:
+            self.streams.enter()
             async with self._joined_session(context) as session:
                 yield session
         except grpc.aio.AbortError:

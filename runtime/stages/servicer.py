@@ -12,6 +12,7 @@ import grpc.aio
 from edgellm.runtime.rpc import stage_pb2, stage_pb2_grpc
 from edgellm.runtime.stages.messages import StageResult, StageStep, StepSource
 from edgellm.runtime.stages.wire import result_to_proto, step_from_proto
+from edgellm.runtime.streams import OpenStreams
 from edgellm.runtime.tasks import race
 
 _Context: TypeAlias = grpc.aio.ServicerContext[stage_pb2.StageStep, stage_pb2.StageResult]
@@ -49,12 +50,14 @@ class StageExchangeServicer(stage_pb2_grpc.StageExchangeServicer):
 
     def __init__(self, hooks: ServicerHooks) -> None:
         self._hooks = hooks
+        self.streams = OpenStreams()
 
     async def Steps(  # type: ignore[override]  # noqa: N802  # the generated base declares a generator
         self, request_iterator: object, context: _Context
     ) -> None:
         source = _Source()
         try:
+            self.streams.enter()
             await race(self._read(context, source), source.write_to(context))
         except grpc.aio.AbortError:
             raise
