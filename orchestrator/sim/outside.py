@@ -1,4 +1,4 @@
-"""Stands in for the world outside of a process: while it is entered, clocks, process ids and gRPC are simulated."""
+"""Stands in for the world outside of a process: clocks, process and host ids, and gRPC, while it is entered."""
 
 import os
 import random
@@ -15,6 +15,7 @@ from edgellm.orchestrator.sim.loop import SimulatedLoop, current_process
 from edgellm.orchestrator.sim.network import LinkModel, Network, Scale
 from edgellm.orchestrator.sim.rpc import Listener
 from edgellm.orchestrator.sim.servers import SimulatedServer
+from edgellm.runtime import server as node_server
 
 EPOCH_UNIX_S = 1_800_000_000.0
 
@@ -43,6 +44,9 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
     def pid() -> int:
         return current_process().pid
 
+    def host() -> str:
+        return current_process().name
+
     def unix_s() -> float:
         return EPOCH_UNIX_S + loop.time() + current_process().wall_clock_jump_s
 
@@ -50,6 +54,7 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
         (time, "monotonic", loop.time),
         (time, "time", unix_s),
         (os, "getpid", pid),
+        (node_server, "host_id", host),
         (grpc.aio, "insecure_channel", channel),
         (grpc.aio, "server", server),
     )

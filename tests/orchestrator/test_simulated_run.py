@@ -5,7 +5,7 @@ from dataclasses import replace
 from edgellm.orchestrator.sim.run import RunConfig, simulate
 
 SATURATED = RunConfig(
-    rate=1000.0, count=64, prompt_tokens=32, max_tokens=32, decode_nodes=1, kv_blocks=16, hot_copies=False
+    rate=1000.0, count=48, prompt_tokens=32, max_tokens=96, decode_nodes=1, kv_blocks=32, hot_copies=False
 )
 """Eight answers fit a device that holds all layers."""
 
