@@ -84,33 +84,57 @@ void convert_values(const Rows& rows, Bf16* out, std::int64_t depth) {
   }
 }
 
-template <bool IsWhole, class Block>
-void convert_block(const Block& block, const Block& next, int tokens, int head_dim, int first,
-                   const SegmentStore& out) {
-  using Rows = TokenRows<typename Block::Value, IsWhole>;
-  convert_keys(Rows{block.keys, next.keys, block.stride, tokens, head_dim}, out.key(first, 0), out.depth);
-  convert_values(Rows{block.values, next.values, block.stride, tokens, head_dim}, out.value_pair(first, 0), out.depth);
+// The block of a segment that begins at token `first`, and the block after it.
+template <class Block>
+struct BlockView {
+  using Value = typename Block::Value;
+  int tokens, head_dim;
+  Block block, next;
+
+  BlockView(const Segment& segment, int first)
+      : tokens(std::min(segment.tokens() - first, static_cast<int>(kBlockTokens))),
+        head_dim(static_cast<int>(segment.walk.head_dim())),
+        block(segment.walk, segment.walk.block(segment.first + first), tokens),
+        next(segment.walk, segment.walk.block(after(segment, segment.first + first)), 0) {}
+
+  bool is_whole(std::int64_t depth) const { return tokens == kBlockTokens && head_dim == depth; }
+  template <bool IsWhole>
+  TokenRows<Value, IsWhole> keys() const {
+    return {block.keys, next.keys, block.stride, tokens, head_dim};
+  }
+  template <bool IsWhole>
+  TokenRows<Value, IsWhole> values() const {
+    return {block.values, next.values, block.stride, tokens, head_dim};
+  }
+
+ private:
+  static std::int64_t after(const Segment& segment, std::int64_t token) {
+    return token + kBlockTokens < segment.walk.task.tokens() ? token + kBlockTokens : token;
+  }
+};
+
+// The keys of the block at token `first`, as those of token `slot` of the store; the scales of both stay at `first`.
+template <class Block>
+void load_keys(const Segment& segment, int first, int slot, const SegmentStore& out) {
+  const BlockView<Block> view(segment, first);
+  if (view.is_whole(out.depth)) {
+    convert_keys(view.template keys<true>(), out.key(slot, 0), out.depth);
+  } else {
+    convert_keys(view.template keys<false>(), out.key(slot, 0), out.depth);
+  }
   if constexpr (Block::kHasScales) {
-    std::copy_n(block.key_scales, kBlockTokens, out.key_scales + first);
-    std::copy_n(block.value_scales, kBlockTokens, out.value_scales + first);
+    std::copy_n(view.block.key_scales, kBlockTokens, out.key_scales + first);
+    std::copy_n(view.block.value_scales, kBlockTokens, out.value_scales + first);
   }
 }
 
 template <class Block>
-void load_segment(const Segment& segment, const SegmentStore& out) {
-  const Walk& walk = segment.walk;
-  const int dim = static_cast<int>(walk.head_dim());
-  for (int first = 0; first < segment.tokens(); first += kBlockTokens) {
-    const int tokens = std::min(segment.tokens() - first, static_cast<int>(kBlockTokens));
-    const std::int64_t token = segment.first + first;
-    const std::int64_t next = token + kBlockTokens < walk.task.tokens() ? token + kBlockTokens : token;
-    const Block block(walk, walk.block(token), tokens);
-    const Block after(walk, walk.block(next), 0);
-    if (tokens == kBlockTokens && dim == out.depth) {
-      convert_block<true>(block, after, tokens, dim, first, out);
-    } else {
-      convert_block<false>(block, after, tokens, dim, first, out);
-    }
+void load_values(const Segment& segment, int first, int slot, const SegmentStore& out) {
+  const BlockView<Block> view(segment, first);
+  if (view.is_whole(out.depth)) {
+    convert_values(view.template values<true>(), out.value_pair(slot, 0), out.depth);
+  } else {
+    convert_values(view.template values<false>(), out.value_pair(slot, 0), out.depth);
   }
 }
 

@@ -68,7 +68,14 @@ class TileKernel {
   }
 
   void run(const Segment& segment, const Results& results) {
-    load_segment<Block>(segment, store_);
+    if (segment.walk.vectors() <= kTileVectors && depth_ <= 64) {
+      run_few(segment, results);
+      return;
+    }
+    for (int t = 0; t < segment.tokens(); t += kBlockTokens) {
+      load_keys<Block>(segment, t, t, store_);
+      load_values<Block>(segment, t, t, store_);
+    }
     int v = segment.first_seeing_vector() / kTileVectors * kTileVectors;
     for (; v + kTileVectors < segment.walk.vectors(); v += 2 * kTileVectors) {
       const View views[2] = {View(segment, v), View(segment, v + kTileVectors)};
@@ -87,6 +94,30 @@ class TileKernel {
   }
 
  private:
+  // One tile of vectors has no second use for a key: each is used as soon as it is converted, while it is in L1.
+  void run_few(const Segment& segment, const Results& results) {
+    const View view(segment, 0);
+    for (int t = 0; t < view.any; t += 64) {
+      load_keys<Block>(segment, t, 0, store_);
+      if (t + kBlockTokens < view.any) load_keys<Block>(segment, t + kBlockTokens, kBlockTokens, store_);
+      score_64(0, 0, t);
+    }
+    soften(segment, view, 0, 0, results);
+    zero_four();
+    for (int t = 0; t < view.any; t += kBlockTokens) {
+      load_values<Block>(segment, t, 0, store_);
+      weigh_two_columns(t, 0, 0);
+      if (depth_ == 64) weigh_next_two_columns(t, 0, 0);
+    }
+    float* out = results.values(0);
+    _tile_stored(0, out, result_stride());
+    _tile_stored(1, out + 16, result_stride());
+    if (depth_ == 64) {
+      _tile_stored(2, out + 32, result_stride());
+      _tile_stored(3, out + 48, result_stride());
+    }
+  }
+
   // queries_ [vectors / 16][depth / 32]: tiles of [16 channel pairs][16 vectors][2].
   void load_queries(const Walk& walk, int first) {
     for (std::int64_t d = 0; d < depth_; d += 32) {
@@ -105,24 +136,26 @@ class TileKernel {
   float* scores(int tile, int token) const { return scores_ + (tile * kSegmentTokens + token) * kTileVectors; }
   Bf16* weights(int tile, int token) const { return weights_ + tile * kTileVectors * kSegmentTokens + token; }
 
-  // Scores of sixteen vectors, 64 tokens at a time.
-  void score_one(int first, int tokens) {
+  // Scores of sixteen vectors and the 64 tokens from `token` on, whose keys lie from `slot` on.
+  void score_64(int first, int slot, int token) {
     const Bf16* queries = queries_ + first * depth_;
-    for (int t = 0; t < tokens; t += 64) {
-      zero_four();
-      for (std::int64_t d = 0; d < depth_; d += 32) {
-        _tile_loadd(4, queries + d * kTileVectors, kTileRowBytes);
-        _tile_loadd(5, store_.key(t, d), 2 * depth_);
-        _tile_dpbf16ps(0, 5, 4);
-        _tile_loadd(6, store_.key(t + 16, d), 2 * depth_);
-        _tile_dpbf16ps(1, 6, 4);
-        _tile_loadd(7, store_.key(t + 32, d), 2 * depth_);
-        _tile_dpbf16ps(2, 7, 4);
-        _tile_loadd(5, store_.key(t + 48, d), 2 * depth_);
-        _tile_dpbf16ps(3, 5, 4);
-      }
-      store_four(scores(0, t), scores(0, t + 16), scores(0, t + 32), scores(0, t + 48), kTileRowBytes);
+    zero_four();
+    for (std::int64_t d = 0; d < depth_; d += 32) {
+      _tile_loadd(4, queries + d * kTileVectors, kTileRowBytes);
+      _tile_loadd(5, store_.key(slot, d), 2 * depth_);
+      _tile_dpbf16ps(0, 5, 4);
+      _tile_loadd(6, store_.key(slot + 16, d), 2 * depth_);
+      _tile_dpbf16ps(1, 6, 4);
+      _tile_loadd(7, store_.key(slot + 32, d), 2 * depth_);
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_loadd(5, store_.key(slot + 48, d), 2 * depth_);
+      _tile_dpbf16ps(3, 5, 4);
     }
+    store_four(scores(0, token), scores(0, token + 16), scores(0, token + 32), scores(0, token + 48), kTileRowBytes);
+  }
+
+  void score_one(int first, int tokens) {
+    for (int t = 0; t < tokens; t += 64) score_64(first, t, t);
   }
 
   // Scores of 32 vectors, 32 tokens at a time: each loaded key meets both tiles of queries.
@@ -235,34 +268,37 @@ class TileKernel {
     }
   }
 
+  // Adds the weights of 32 tokens, whose values lie at `slot`, times 32 channels of their values: tiles 0 and 1, or 2
+  // and 3 for the next 32 channels.
+  void weigh_two_columns(int token, int slot, std::int64_t d) {
+    _tile_loadd(4, weights(0, token), 2 * kSegmentTokens);
+    _tile_loadd(5, store_.value_pair(slot, d), kTileRowBytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, store_.value_pair(slot, d + 16), kTileRowBytes);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  void weigh_next_two_columns(int token, int slot, std::int64_t d) {
+    _tile_loadd(4, weights(0, token), 2 * kSegmentTokens);
+    _tile_loadd(7, store_.value_pair(slot, d + 32), kTileRowBytes);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, store_.value_pair(slot, d + 48), kTileRowBytes);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+
   // Weights times values of sixteen vectors, over the first `tokens`: 64 channels at a time, and the last 32.
   void weigh_one(int tokens, float* out) {
     std::int64_t d = 0;
     for (; d + 64 <= depth_; d += 64) {
       zero_four();
       for (int t = 0; t < tokens; t += 32) {
-        _tile_loadd(4, weights(0, t), 2 * kSegmentTokens);
-        _tile_loadd(5, store_.value_pair(t, d), kTileRowBytes);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, store_.value_pair(t, d + 16), kTileRowBytes);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, store_.value_pair(t, d + 32), kTileRowBytes);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, store_.value_pair(t, d + 48), kTileRowBytes);
-        _tile_dpbf16ps(3, 4, 5);
+        weigh_two_columns(t, t, d);
+        weigh_next_two_columns(t, t, d);
       }
       store_four(out + d, out + d + 16, out + d + 32, out + d + 48, result_stride());
     }
     if (d == depth_) return;
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int t = 0; t < tokens; t += 32) {
-      _tile_loadd(4, weights(0, t), 2 * kSegmentTokens);
-      _tile_loadd(5, store_.value_pair(t, d), kTileRowBytes);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, store_.value_pair(t, d + 16), kTileRowBytes);
-      _tile_dpbf16ps(1, 4, 6);
-    }
+    zero_four();
+    for (int t = 0; t < tokens; t += 32) weigh_two_columns(t, t, d);
     _tile_stored(0, out + d, result_stride());
     _tile_stored(1, out + d + 16, result_stride());
   }
