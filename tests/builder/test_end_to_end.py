@@ -195,7 +195,10 @@ def rewrite(bundle: Path, **changes: object) -> None:
     [
         ({"backend_version": "cpu-0"}, "was compiled by cpu backend cpu-0, this one is .*; rebuild the bundle"),
         ({"device_class": "orin-nano-8gb"}, "for device class 'orin-nano-8gb' and this device is 'cpu-local'; build a"),
-        ({"backend": "tensorrt"}, "is for the tensorrt backend, which this version of EdgeLLM cannot run"),
+        (
+            {"backend": "tensorrt"},
+            "tensorrt backend cpu-3, this one is tensorrt|pip install 'edgellm.tensorrt.'",
+        ),
         ({"backend": "abacus"}, "Invalid enum value 'abacus'"),
     ],
 )
