@@ -800,7 +800,9 @@ Global___SampledToken: _TypeAlias = SampledToken  # noqa: Y015
 
 @_typing.final
 class KvSent(_message.Message):
-    """All targets have installed and acknowledged the prompt's KV; the prefill node has freed its own."""
+    """All targets but backups have installed and acknowledged the prompt's KV. The prefill node frees its own when nothing
+    is on its way to backups any more.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

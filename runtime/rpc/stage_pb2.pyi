@@ -5,7 +5,6 @@ Between the stages of a decode pipeline: hidden states down, sampled tokens back
 
 from collections import abc as _abc
 from edgellm.runtime.rpc import cluster_pb2 as _cluster_pb2
-from edgellm.runtime.rpc import kv_pb2 as _kv_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -29,37 +28,32 @@ class StageStep(_message.Message):
     STEP_ID_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     SEGMENTS_FIELD_NUMBER: _builtins.int
-    INLINE_HIDDEN_FIELD_NUMBER: _builtins.int
-    SHM_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
     """Chosen by the sender, unique on the stream."""
     stage: _builtins.int
     """Layers to run now: index into `stages` of the segments' Decode commands."""
-    inline_hidden: _builtins.bytes
+    hidden: _builtins.bytes
+    """Hidden states [rows, hidden_size], IEEE half, rows in the order of the segments."""
     checksum: _builtins.int
     """crc32 of the hidden states: a wrong one would change tokens and nothing else."""
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSegment]: ...
-    @_builtins.property
-    def shm(self) -> _kv_pb2.ShmSpan: ...
     def __init__(
         self,
         *,
         step_id: _builtins.int = ...,
         stage: _builtins.int = ...,
         segments: _abc.Iterable[Global___StageSegment] | None = ...,
-        inline_hidden: _builtins.bytes = ...,
-        shm: _kv_pb2.ShmSpan | None = ...,
+        hidden: _builtins.bytes = ...,
         checksum: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "inline_hidden", b"inline_hidden", "shm", b"shm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "hidden", b"hidden", "inline_hidden", b"inline_hidden", "segments", b"segments", "shm", b"shm", "stage", b"stage", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "hidden", b"hidden", "segments", b"segments", "stage", b"stage", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_hidden: _TypeAlias = _typing.Literal["inline_hidden", "shm"]  # noqa: Y015
-    _WhichOneofArgType_hidden: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_hidden) -> _WhichOneofReturnType_hidden | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageStep: _TypeAlias = StageStep  # noqa: Y015
 

@@ -25,7 +25,7 @@ def step_to_proto(step: StageStep) -> stage_pb2.StageStep:
             )
             for segment in step.segments
         ],
-        inline_hidden=hidden,
+        hidden=hidden,
         checksum=zlib.crc32(hidden),
     )
 
@@ -42,11 +42,11 @@ def step_from_proto(step: stage_pb2.StageStep) -> StageStep:
         for segment in step.segments
     )
     rows = sum(segment.rows for segment in segments)
-    if not rows or step.WhichOneof("hidden") != "inline_hidden" or len(step.inline_hidden) % (2 * rows):
-        raise ValueError(f"a step of {rows} rows came with {len(step.inline_hidden)} bytes of hidden states")
-    if zlib.crc32(step.inline_hidden) != step.checksum:
+    if not rows or len(step.hidden) % (2 * rows):
+        raise ValueError(f"a step of {rows} rows came with {len(step.hidden)} bytes of hidden states")
+    if zlib.crc32(step.hidden) != step.checksum:
         raise ValueError(f"checksum of the hidden states of step {step.step_id} is wrong")
-    hidden = np.frombuffer(step.inline_hidden, _HALF).reshape(rows, -1)
+    hidden = np.frombuffer(step.hidden, _HALF).reshape(rows, -1)
     return StageStep(step_id=step.step_id, stage=step.stage, segments=segments, hidden=hidden)
 
 
