@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import grpc
@@ -32,11 +33,17 @@ class ProcessCluster:
         nodes: Mapping[str, Sequence[str]],
         *,
         serve_options: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        starters: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
-        """nodes: for each name its engine, and options of edgellm-node."""
-        self.address: Final = f"127.0.0.1:{_free_port()}"
+        """nodes: for each name its engine, and options of edgellm-node.
+
+        host: the orchestrator's. starters: for some names a command that becomes the process, such as `ip netns exec`.
+        """
+        self.address: Final = f"{host}:{free_port(host)}"
         self.folder: Final = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._starters = starters
         serve = ["edgellm.orchestrator.serve", "--listen", self.address, "--no-local-nodes", *serve_options]
         self._commands = {ORCHESTRATOR: [*serve, "--bundle", str(bundle), "--journal", str(folder / "journal")]}
         for name, (engine, *options) in nodes.items():
@@ -49,7 +56,7 @@ class ProcessCluster:
 
     def start(self, name: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
-            command = [sys.executable, "-m", *self._commands[name]]
+            command = [*self._starters.get(name, ()), sys.executable, "-m", *self._commands[name]]
             self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def signal(self, name: str, number: signal.Signals) -> None:
@@ -123,6 +130,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def free_port(host: str = "127.0.0.1") -> int:
+    """Nobody listens on it now."""
+    with socket.create_server((host, 0)) as listener:
         return int(listener.getsockname()[1])

@@ -55,6 +55,7 @@ def _config(options: argparse.Namespace) -> NodeConfig:
             orchestrator=options.orchestrator or "", join_timeout_s=options.join_timeout, lease_s=options.lease
         ),
         listen=options.listen,
+        advertise=options.advertise,
         kv_blocks=options.kv_blocks,
         device_class=options.device_class,
         threads=options.threads,
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--node-id", required=True, metavar="ID")
     add("--spare", action="store_true", help="take no requests: hold copies of KV, and take over when a node dies")
     add("--listen", default=NodeConfig.listen, metavar="HOST:PORT", type=_address, help="for KV (default %(default)s)")
+    add("--advertise", metavar="HOST:PORT", type=_address, help="what other nodes dial, if a port is forwarded here")
     add("--tp-leader", metavar="HOST:PORT", type=_address, help="of rank 0, for an engine of several ranks")
     add("--kv-blocks", metavar="N", type=_positive, help="of 32 tokens (default: the bundle's plan)")
     add("--device-class", metavar="NAME", help="of this machine, such as orin-nano-8gb (default: as found)")

@@ -37,6 +37,8 @@ class NodeConfig:
     """A decode node that takes no requests of its own: it holds copies, and takes over."""
     listen: str = "127.0.0.1:0"
     """Address of the KV exchange; port 0: any."""
+    advertise: str | None = None
+    """host:port that other nodes dial. None: where this node listens."""
     kv_blocks: int | None = None
     """None: what the bundle's plan says."""
     device_class: str | None = None

@@ -191,7 +191,9 @@ class NodeServer:
             raise NodeError(
                 f"cannot listen on {self._config.listen}: in use? choose another port, or 0 for any"
             ) from error
-        self._exchange_address = f"{_reachable_host(self._listen_host, self._config.join.orchestrator)}:{bound}"
+        self._exchange_address = (
+            self._config.advertise or f"{_reachable_host(self._listen_host, self._config.join.orchestrator)}:{bound}"
+        )
         await server.start()
         _log.info("listening node=%s exchange=%s", self._config.node_id, self._exchange_address)
         try:
