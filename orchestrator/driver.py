@@ -6,15 +6,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import TypeAlias, assert_never, get_args
+from typing import TypeAlias, assert_never
 
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import Event, RequestsRecovered, RequestSubmitted, Tick
 from edgellm.orchestrator.core.protection import copy_lag_tokens
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering
-from edgellm.orchestrator.core.values import ConnectionId, NodeState, RecoveredRequest, RequestId, Role
+from edgellm.orchestrator.core.values import ConnectionId, RecoveredRequest, RequestId
 from edgellm.orchestrator.journal import Accepted, Emitted, Ended, Entry, Placed
 from edgellm.orchestrator.journal_writer import Journal
 from edgellm.orchestrator.metrics import Metrics
@@ -185,10 +184,10 @@ class Driver:
 
     def _refresh_gauges(self) -> None:
         for state, count in self.request_counts().items():
-            self.metrics.in_state.labels(state).set(count)
+            self.metrics.in_state[state].set(count)
         nodes = Counter((node.profile.role, node.state) for node in self.core.state.nodes)
-        for role, node_state in product(get_args(Role), get_args(NodeState)):
-            self.metrics.nodes.labels(role, node_state).set(nodes[role, node_state])
+        for role_and_state, gauge in self.metrics.nodes.items():
+            gauge.set(nodes[role_and_state])
         for node in self.core.state.nodes:
             lag = copy_lag_tokens(self.core.state, node.connection)
             self.metrics.copy_lag.labels(node.profile.node_id).set(lag)

@@ -1,8 +1,11 @@
 """Prometheus metrics of the orchestrator, fed from the core's commands."""
 
+from itertools import product
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from edgellm.orchestrator.core.values import FinishReason, RequestStats
+from edgellm.orchestrator.core.values import FinishReason, NodeState, RequestStats, Role
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _MILLISECONDS = (0.0, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 1000)
@@ -35,8 +38,10 @@ class Metrics:
         self.rejected = Counter("edgellm_rejected", "Refused requests", ["kind"], registry=registry)
         self.tokens = Counter("edgellm_tokens", "Generated tokens", registry=registry)
         self.kv_bytes = Counter("edgellm_kv_bytes", "KV bytes sent", ["transport", "codec"], registry=registry)
-        self.in_state = Gauge("edgellm_requests_in_state", "Requests under way", ["state"], registry=registry)
-        self.nodes = Gauge("edgellm_nodes", "Nodes", ["role", "state"], registry=registry)
+        in_state = Gauge("edgellm_requests_in_state", "Requests under way", ["state"], registry=registry)
+        self.in_state = {state: in_state.labels(state) for state in ("queued", "prefilling", "decoding")}
+        nodes = Gauge("edgellm_nodes", "Nodes", ["role", "state"], registry=registry)
+        self.nodes = {of: nodes.labels(*of) for of in product(get_args(Role), get_args(NodeState))}
 
     def observe_finished(self, reason: FinishReason, stats: RequestStats) -> None:
         self.requests.labels(reason, stats.prefill_path or "none").inc()

@@ -57,7 +57,8 @@ class NodeMetrics:
             "edgellm_pipelines_broken", "Times that a next stage was lost", registry=self.registry
         )
         self._copies_lost = Counter("edgellm_kv_copies_lost", "Copies of KV given up", registry=self.registry)
-        self._requests = Gauge("edgellm_requests", "Requests on this node", ["state"], registry=self.registry)
+        requests = Gauge("edgellm_requests", "Requests on this node", ["state"], registry=self.registry)
+        self._running, self._waiting = requests.labels("running"), requests.labels("waiting")
         self._blocks_free = Gauge("edgellm_kv_blocks_free", "Free KV blocks", registry=self.registry)
         self._sent_bytes = Counter("edgellm_kv_sent_bytes", "KV sent", ["transport", "codec"], registry=self.registry)
         self._sent_ms = Counter(
@@ -66,17 +67,15 @@ class NodeMetrics:
             ["part"],
             registry=self.registry,
         )
-        self._received = Gauge(
-            "edgellm_kv_received", "KV chunks by what became of them", ["state"], registry=self.registry
-        )
-
+        received = Gauge("edgellm_kv_received", "KV chunks by what became of them", ["state"], registry=self.registry)
+        self._installed, self._stale = received.labels("installed"), received.labels("stale")
+        self._corrupt, self._duplicate = received.labels("corrupt"), received.labels("duplicate")
         self._copies = Gauge("edgellm_kv_copies", "Copies of KV that this node keeps on others", registry=self.registry)
         self._copy_lag = Gauge(
             "edgellm_kv_copy_lag_tokens", "Tokens that the copy furthest behind lacks", registry=self.registry
         )
-        self._copied_bytes = Gauge(
-            "edgellm_kv_copied_bytes", "Copies sent and received", ["way"], registry=self.registry
-        )
+        copied = Gauge("edgellm_kv_copied_bytes", "Copies sent and received", ["way"], registry=self.registry)
+        self._copied_to, self._copied_from = copied.labels("sent"), copied.labels("received")
 
     def serve(self, host: str, port: int | None) -> None:
         """Raises NodeError if the port cannot be had."""
@@ -125,18 +124,18 @@ class NodeMetrics:
 
     def observe(self, node: Node, pool: KvPool, received: InboxCounters) -> None:
         """Values that are read, not counted, at every heartbeat."""
-        self._requests.labels("running").set(node.running)
-        self._requests.labels("waiting").set(node.waiting)
+        self._running.set(node.running)
+        self._waiting.set(node.waiting)
         self._steps_elsewhere.set(node.lanes.steps_elsewhere)
         self._blocks_free.set(pool.free_blocks)
-        self._received.labels("installed").set(received.chunks)
-        self._received.labels("stale").set(received.stale)
-        self._received.labels("corrupt").set(received.corrupt)
-        self._received.labels("duplicate").set(received.duplicate)
+        self._installed.set(received.chunks)
+        self._stale.set(received.stale)
+        self._corrupt.set(received.corrupt)
+        self._duplicate.set(received.duplicate)
 
     def observe_copies(self, sent: Replicator, received: CopyCounters) -> None:
         """Likewise."""
         self._copies.set(sent.running)
         self._copy_lag.set(sent.lag_tokens)
-        self._copied_bytes.labels("sent").set(sent.sent_bytes)
-        self._copied_bytes.labels("received").set(received.bytes)
+        self._copied_to.set(sent.sent_bytes)
+        self._copied_from.set(received.bytes)

@@ -1,4 +1,4 @@
-"""Stands in for the world outside of a process: clocks, process and host ids, and gRPC, while it is entered."""
+"""Stands in for the world outside of a process: clocks, ids, memory, and gRPC, while it is entered."""
 
 import os
 import random
@@ -34,6 +34,7 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
     loop = SimulatedLoop()  # type: ignore[abstract]  # what no process asks for is not there
     network = Network(loop, random.Random(seed), link, scale)
     listeners: dict[int, Listener] = {}
+    resident = vars(node_server)["memory"]()
 
     def channel(target: str, options: object = None, **_: Any) -> SimulatedChannel:
         return SimulatedChannel(network, listeners, target)
@@ -55,6 +56,7 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
         (time, "time", unix_s),
         (os, "getpid", pid),
         (node_server, "host_id", host),
+        (node_server, "memory", lambda: resident),
         (grpc.aio, "insecure_channel", channel),
         (grpc.aio, "server", server),
     )

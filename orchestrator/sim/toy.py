@@ -3,7 +3,7 @@
 An engine of it keeps the contract of all engines, on the pool that all engines in host memory use. Layer l turns the
 state h of a row at position p into
 
-    K[l, p] = mix(h + key),  V[l, p] = mix(K[l, p] + value),  h' = mix(h + sum of a[q] K[l, q] + b[q] V[l, q], q <= p)
+    K[l, p] = mix(h + key),  V[l, p] = K[l, p] xor value,  h' = mix(h + sum of a[q] K[l, q] + b[q] V[l, q], q <= p)
 
 over 64-bit integers, with weights a, b by position and a key by layer and phase. So lost, stale, doubled, shifted or
 swapped KV changes the text, and so does KV of a token that the wrong engine computed.
@@ -73,7 +73,7 @@ class ToyEngine:
         self._share = spec.num_layers / pool.contract.num_layers
         self._device = device
         self._spend = spend
-        self._words = pool.data.view(np.uint64)
+        self._words = pool.data.view(np.uint64).reshape(len(pool.layers), -1)
 
     def forward(self, batch: Batch) -> Output:
         starts = batch.row_starts.tolist()
@@ -100,17 +100,15 @@ class ToyEngine:
     ) -> Words:
         """states [rows] of one sequence through all layers."""
         end = first + len(states)
-        positions = np.arange(first, end)
-        blocks, slots = table[positions // _WORDS_PER_BLOCK], positions % _WORDS_PER_BLOCK
+        at_k = table[_BLOCKS[:end]] * (2 * _WORDS_PER_BLOCK) + _SLOTS[:end]
+        at_v = at_k + _WORDS_PER_BLOCK
         for layer in range(self.spec.first_layer, self.spec.first_layer + self.spec.num_layers):
             words = self._words[layer - self.kv.layers.start]
-            stored = words[table[: self.kv.contract.blocks_for(end)]]
-            k, v = stored[:, :_WORDS_PER_BLOCK].ravel(), stored[:, _WORDS_PER_BLOCK:].ravel()
-            key = _KEYS[2 * layer + (self.spec.phase == "prefill")]
-            k[first:end] = new_k = _mix(states + key)
-            v[first:end] = new_v = _mix(new_k + _VALUE)
-            writes.append(partial(_write, words, blocks, slots, new_k, new_v))
-            read = np.add.accumulate(k[:end] * _K_WEIGHTS[:end] + v[:end] * _V_WEIGHTS[:end])
+            k, v = words[at_k], words[at_v]
+            k[first:] = _mix(states + _KEYS[2 * layer + (self.spec.phase == "prefill")])
+            v[first:] = k[first:] ^ _VALUE
+            writes.append(partial(_write, words, at_k[first:], k[first:], at_v[first:], v[first:]))
+            read = np.add.accumulate(k * _K_WEIGHTS[:end] + v * _V_WEIGHTS[:end])
             states = _mix(states + read[first:])
         return states
 
@@ -202,16 +200,17 @@ def _logits(states: Words) -> npt.NDArray[np.float32]:
     return logits
 
 
-def _write(words: Words, blocks: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], k: Words, v: Words) -> None:
-    words[blocks, slots] = k
-    words[blocks, slots + _WORDS_PER_BLOCK] = v
+def _write(words: Words, at_k: npt.NDArray[np.int64], k: Words, at_v: npt.NDArray[np.int64], v: Words) -> None:
+    words[at_k] = k
+    words[at_v] = v
 
 
 def _mix(words: Words) -> Words:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     words = (words ^ (words >> _MIX_SHIFTS[0])) * _MIX_FACTORS[0]
     words = (words ^ (words >> _MIX_SHIFTS[1])) * _MIX_FACTORS[1]
-    return words ^ (words >> _MIX_SHIFTS[2])
+    mixed: Words = words ^ (words >> _MIX_SHIFTS[2])
+    return mixed
 
 
 def _odd(first: int, count: int) -> Words:
@@ -219,11 +218,13 @@ def _odd(first: int, count: int) -> Words:
     return _mix(np.arange(first, first + count, dtype=np.uint64)) | np.uint64(1)
 
 
-_MIX_SHIFTS: Final = (np.uint64(30), np.uint64(27), np.uint64(31))
-_MIX_FACTORS: Final = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MIX_SHIFTS: Final[Words] = np.array([[30], [27], [31]], np.uint64)
+_MIX_FACTORS: Final[Words] = np.array([[0xBF58476D1CE4E5B9], [0x94D049BB133111EB]], np.uint64)
+_BLOCKS: Final = np.arange(MAX_SEQ_LEN) // _WORDS_PER_BLOCK
+_SLOTS: Final = np.arange(MAX_SEQ_LEN) % _WORDS_PER_BLOCK
 _SHIFTS: Final = np.arange(HIDDEN_SIZE, dtype=np.uint64) * np.uint64(11)
 _K_WEIGHTS: Final = _odd(1 << 20, MAX_SEQ_LEN)
 _V_WEIGHTS: Final = _odd(2 << 20, MAX_SEQ_LEN)
-_KEYS: Final = _odd(3 << 20, 256)
+_KEYS: Final = _odd(3 << 20, 256)[:, None]
 _VALUE: Final = _odd(4 << 20, 1)
 _VOCAB_KEYS: Final = _odd(5 << 20, VOCAB)
