@@ -78,7 +78,8 @@ class ProcessCluster:
         while (missing := self._missing()) and time.monotonic() < deadline_s:
             time.sleep(_LOOK_S)
         if missing:
-            raise ClusterStartError(f"{', '.join(missing)} did not become ready; see the logs in {self.folder}")
+            said = "\n".join(f"{name}: {self._said(name)}" for name in missing)
+            raise ClusterStartError(f"{', '.join(missing)} did not become ready:\n{said}")
 
     @contextlib.contextmanager
     def client(self) -> Iterator[InferenceStub]:
@@ -112,6 +113,10 @@ class ProcessCluster:
         for name in [*self.nodes, ORCHESTRATOR]:
             if name in self.processes:
                 _end(self.processes[name])
+
+    def _said(self, name: str) -> str:
+        """The end of its log, which is gone when the cluster is."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")[-1000:].strip() or "no output"
 
     def _missing(self) -> list[str]:
         status = self.status()
