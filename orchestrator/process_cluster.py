@@ -75,7 +75,7 @@ class ProcessCluster:
             else:
                 process.send_signal(signal.SIGCONT)
         deadline_s = time.monotonic() + timeout_s
-        while (missing := self._missing()) and time.monotonic() < deadline_s:
+        while (missing := self._missing()) and not self._ended(missing) and time.monotonic() < deadline_s:
             time.sleep(_LOOK_S)
         if missing:
             said = "\n".join(f"{name}: {self._said(name)}" for name in missing)
@@ -113,6 +113,9 @@ class ProcessCluster:
         for name in [*self.nodes, ORCHESTRATOR]:
             if name in self.processes:
                 _end(self.processes[name])
+
+    def _ended(self, names: Sequence[str]) -> bool:
+        return any(self.processes[name].poll() is not None for name in names)
 
     def _said(self, name: str) -> str:
         """The end of its log, which is gone when the cluster is."""
