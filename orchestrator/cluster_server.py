@@ -8,7 +8,7 @@ import grpc.aio
 
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.events import NodeJoined, NodeLost
-from edgellm.orchestrator.core.values import ConnectionId, HeldKv, NodeProfile
+from edgellm.orchestrator.core.values import ConnectionId, NodeProfile
 from edgellm.orchestrator.driver import Driver, NodeOutbox
 from edgellm.orchestrator.wire_in import WireError, events_from_proto, held_from_proto, profile_from_proto
 from edgellm.orchestrator.wire_out import command_to_proto
@@ -28,11 +28,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
     async def Join(  # type: ignore[override]  # noqa: N802
         self, request_iterator: AsyncIterator[cluster_pb2.NodeMessage], context: JoinContext
     ) -> None:
-        profile, held = await _hello(request_iterator, context)
+        profile, hello = await _hello(request_iterator, context)
         connection, outbox = self._driver.open_connection()
         refusal = None
         try:
-            self._driver.post(NodeJoined(connection=connection, profile=profile, held=held))
+            held = held_from_proto(hello.held)
+            self._driver.post(
+                NodeJoined(connection=connection, profile=profile, held=held, highest_epoch=hello.highest_epoch)
+            )
             refusal = await self._serve(connection, outbox, request_iterator, context)
         finally:
             self._driver.post(NodeLost(connection=connection, reason=refusal or "its stream ended"))
@@ -80,11 +83,11 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
 
 async def _hello(
     messages: AsyncIterator[cluster_pb2.NodeMessage], context: JoinContext
-) -> tuple[NodeProfile, tuple[HeldKv, ...]]:
+) -> tuple[NodeProfile, cluster_pb2.Hello]:
     try:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             hello = (await anext(messages)).hello
-            return profile_from_proto(hello), held_from_proto(hello.held)
+            return profile_from_proto(hello), hello
     except (TimeoutError, StopAsyncIteration, WireError) as error:
         await context.abort(
             grpc.StatusCode.FAILED_PRECONDITION, f"a node must first send a valid hello: {error or 'none came'}"

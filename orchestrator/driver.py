@@ -14,13 +14,16 @@ from edgellm.orchestrator.core.events import Event, RequestsRecovered, RequestSu
 from edgellm.orchestrator.core.protection import copy_lag_tokens
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Queued, Recovering
 from edgellm.orchestrator.core.values import ConnectionId, RecoveredRequest, RequestId
-from edgellm.orchestrator.journal import Accepted, Emitted, Ended, Entry, Placed
+from edgellm.orchestrator.journal import Accepted, Emitted, Ended, Entry, EpochsReserved, Placed
 from edgellm.orchestrator.journal_writer import Journal
 from edgellm.orchestrator.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
+
+EPOCHS_RESERVED = 4096
+"""At a time, when half of those before are used: the journal has them long before an attempt does."""
 
 HISTORY = 50
 """Things that happened to nodes and are remembered for `status`."""
@@ -55,6 +58,7 @@ class Driver:
         self._journal = journal
         self._outboxes: dict[ConnectionId, NodeOutbox] = {}
         self._sinks: dict[RequestId, ClientSink] = {}
+        self._highest_reserved = 0
         self._last_connection = 0
         self.changed = asyncio.Event()
         """Set, and replaced, whenever a node changes its state."""
@@ -109,10 +113,18 @@ class Driver:
     def _tell_clients(self, events: Sequence[ClientEvent], entries: Sequence[Entry]) -> None:
         rejected = any(isinstance(event, commands.RejectRequest) for event in events)
         entries = [] if rejected else [*entries, *(entry for event in events for entry in _entry(event))]
+        entries += self._reserve_epochs()
         if self._journal is None or not entries:
             self._deliver(events)
         else:
             self._journal.record(entries, lambda: self._deliver(events))
+
+    def _reserve_epochs(self) -> Sequence[Entry]:
+        epoch = self.core.state.epoch
+        if epoch + EPOCHS_RESERVED // 2 < self._highest_reserved:
+            return ()
+        self._highest_reserved = epoch + EPOCHS_RESERVED
+        return (EpochsReserved(highest=self._highest_reserved),)
 
     def _deliver(self, events: Sequence[ClientEvent]) -> None:
         for event in events:

@@ -1,4 +1,4 @@
-"""What must outlive the orchestrator: requests, who carries them, their tokens, their ends. SQLite in WAL mode.
+"""What must outlive the orchestrator: epochs, requests, who carries them, their tokens and ends. SQLite in WAL mode.
 
 The write-ahead log is flushed to the system at every commit and to the disk only now and then: what was committed
 outlives the process, and after a loss of power the file is whole, though its last moments may be missing.
@@ -14,10 +14,10 @@ import msgspec
 
 from edgellm.orchestrator.core.values import FinishReason, NodeId, RequestId, RequestSpec, RequestStats, SampledToken
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 1.0
 _SCHEMA = """
-CREATE TABLE bundle (sha256 TEXT NOT NULL);
+CREATE TABLE bundle (sha256 TEXT NOT NULL, epoch INTEGER NOT NULL);
 CREATE TABLE requests (id TEXT PRIMARY KEY, accepted BLOB NOT NULL, nodes BLOB, ended BLOB, ended_unix_s REAL);
 CREATE TABLE tokens (
   id TEXT NOT NULL, position INTEGER NOT NULL, token BLOB NOT NULL, PRIMARY KEY (id, position)
@@ -63,7 +63,14 @@ class Ended:
     unix_s: float
 
 
-Entry: TypeAlias = Accepted | Placed | Emitted | Ended
+@dataclass(frozen=True, kw_only=True)
+class EpochsReserved:
+    """Attempts may have epochs up to this one; those of a later process lie above, whatever its clock says."""
+
+    highest: int
+
+
+Entry: TypeAlias = Accepted | Placed | Emitted | Ended | EpochsReserved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,7 @@ class JournalFile:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         if self._db.execute("SELECT sha256 FROM bundle").fetchall() != [(self._bundle_sha256,)]:
             self._db.executescript("BEGIN; DELETE FROM bundle; DELETE FROM requests; DELETE FROM tokens; COMMIT;")
-            self._db.execute("INSERT INTO bundle VALUES (?)", (self._bundle_sha256,))
+            self._db.execute("INSERT INTO bundle VALUES (?, 0)", (self._bundle_sha256,))
 
     def write(self, entries: Iterable[Entry]) -> None:
         """All of them or none. Raises sqlite3.Error."""
@@ -143,6 +150,8 @@ class JournalFile:
                     "UPDATE requests SET ended = ?, ended_unix_s = ? WHERE id = ?",
                     (msgspec.json.encode(entry), entry.unix_s, entry.request_id),
                 )
+            case EpochsReserved(highest=highest):
+                self._db.execute("UPDATE bundle SET epoch = max(epoch, ?)", (highest,))
             case _:
                 assert_never(entry)
 
@@ -158,6 +167,10 @@ class JournalFile:
             )
             for request_id, accepted, nodes, ended in rows
         ]
+
+    def epoch(self) -> int:
+        """The highest that an attempt may have had; 0 for a new journal."""
+        return int(self._db.execute("SELECT epoch FROM bundle").fetchone()[0])
 
     def _tokens(self, request_id: str) -> Iterator[SampledToken]:
         query = "SELECT token FROM tokens WHERE id = ? ORDER BY position"

@@ -136,7 +136,8 @@ async def _serve(config: ServeConfig) -> None:
     bounds = replace(core_config(bundle), hot_copies=config.hot_copies, dead_after_s=config.dead_after_s)
     stop = _stop_on_signals()
     async with contextlib.AsyncExitStack() as stack:
-        journal, written = _open_journal(config, bundle, stack)
+        journal, written, epoch = _open_journal(config, bundle, stack)
+        bounds = replace(bounds, first_epoch=max(bounds.first_epoch, epoch))
         policy = POLICIES[config.policy]()
         running = await stack.enter_async_context(
             run_orchestrator(bundle, bounds, policy, config.listen, journal=journal, written=written)
@@ -148,13 +149,13 @@ async def _serve(config: ServeConfig) -> None:
 
 def _open_journal(
     config: ServeConfig, bundle: ServedBundle, stack: contextlib.AsyncExitStack
-) -> tuple[JournalWriter | None, list[Written]]:
-    """The journal that is written from now on, and what it has already. Raises JournalError."""
+) -> tuple[JournalWriter | None, list[Written], int]:
+    """The journal that is written from now on, what it has already, and its epoch. Raises JournalError."""
     if config.journal is None:
-        return None, []
+        return None, [], 0
     file = JournalFile(config.journal, bundle.sha256)
-    written = file.read()
-    return stack.enter_context(JournalWriter(file, asyncio.get_running_loop())), written
+    written, epoch = file.read(), file.epoch()
+    return stack.enter_context(JournalWriter(file, asyncio.get_running_loop())), written, epoch
 
 
 def _stop_on_signals() -> asyncio.Event:

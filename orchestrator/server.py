@@ -53,7 +53,8 @@ class Orchestrator:
 
 EPOCH_ZERO_UNIX_S = 1_767_225_600
 EPOCHS_PER_S = 16
-"""A restarted orchestrator's epochs lie above those before, if attempts started no faster than this on average."""
+"""Where neither a journal nor a node knows the epochs before, those of a restarted orchestrator still lie above them, if
+the clock went right and attempts started no faster than this on average."""
 
 
 def core_config(bundle: ServedBundle) -> CoreConfig:
@@ -64,7 +65,7 @@ def core_config(bundle: ServedBundle) -> CoreConfig:
         num_layers=bundle.index.model.num_layers,
         block_tokens=bundle.index.kv.block_tokens,
         stages=bundle.index.plan.stages,
-        first_epoch=int(EPOCHS_PER_S * (time.time() - EPOCH_ZERO_UNIX_S)),
+        first_epoch=max(0, int(EPOCHS_PER_S * (time.time() - EPOCH_ZERO_UNIX_S))),
     )
 
 

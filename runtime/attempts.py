@@ -14,6 +14,8 @@ class Attempts:
         self._live: dict[RequestId, Attempt] = {}
         self._decide_by_s: dict[Attempt, float] = {}
         self._unanswered_releases: list[Attempt] = []
+        self.highest_epoch = 0
+        """Of all attempts this process has heard of."""
 
     def __iter__(self) -> Iterator[Attempt]:
         """The live ones, as they are now."""
@@ -27,6 +29,7 @@ class Attempts:
 
     def enter(self, attempt: Attempt) -> None:
         """The request's live attempt, from now on; older ones are stale."""
+        self._hear_of(attempt)
         self.fence.enter(attempt)
         self._live[attempt.request_id] = attempt
 
@@ -42,6 +45,9 @@ class Attempts:
         for attempt in self:
             self.fence.enter(attempt)
         self._unanswered_releases.clear()
+
+    def _hear_of(self, attempt: Attempt) -> None:
+        self.highest_epoch = max(self.highest_epoch, attempt.epoch)
 
     # Leases
 
@@ -61,6 +67,7 @@ class Attempts:
 
     def release(self, attempt: Attempt) -> None:
         """It and older attempts are stale; `answered` will name it when their blocks are free."""
+        self._hear_of(attempt)
         self.fence.close(attempt)
         self._unanswered_releases.append(attempt)
 

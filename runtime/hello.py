@@ -12,9 +12,15 @@ from edgellm.runtime.wire import held_to_proto
 
 
 def introduce(
-    config: NodeConfig, engines: NodeEngines, *, exchange_address: str, host_id: str, held: Sequence[HeldKv]
+    config: NodeConfig,
+    engines: NodeEngines,
+    *,
+    exchange_address: str,
+    host_id: str,
+    held: Sequence[HeldKv],
+    highest_epoch: int,
 ) -> cluster_pb2.Hello:
-    """What it can do, where it is reached, and what it still holds of an orchestrator's requests."""
+    """What it can do, where it is reached, and what it knows of an orchestrator's requests."""
     contract = engines.contract
     return cluster_pb2.Hello(
         node_id=config.node_id,
@@ -31,6 +37,7 @@ def introduce(
         kv_bytes_per_token=contract.bytes_per_token,
         spare=config.spare,
         held=[held_to_proto(one) for one in held],
+        highest_epoch=highest_epoch,
     )
 
 

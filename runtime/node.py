@@ -94,6 +94,11 @@ class Node:
         """What is left of the requests of an orchestrator that has gone."""
         return self._holdings.held()
 
+    @property
+    def highest_epoch(self) -> int:
+        """That it has heard of."""
+        return self._attempts.highest_epoch
+
     # Commands
 
     def prefill(self, command: Prefill) -> None:

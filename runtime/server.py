@@ -251,6 +251,7 @@ class NodeServer:
             exchange_address=self._exchange_address,
             host_id=self._host_id,
             held=self.node.held,
+            highest_epoch=self.node.highest_epoch,
         )
 
     def _heartbeat(self) -> cluster_pb2.Heartbeat:

@@ -20,7 +20,7 @@ class CoreConfig:
     stages: tuple[Layers, ...] = ()
     """How the plan cuts the decode graph, in order; empty: one stage of all layers."""
     first_epoch: int = 0
-    """Epochs count on from here. Nodes remember epochs, so a restarted orchestrator must begin above the one before."""
+    """Epochs count on from here, or from the highest that a node has heard of."""
     heartbeat_interval_s: float = 0.1
     suspect_after_s: float = 0.3
     """Silence after which a node gets no new work."""

@@ -26,6 +26,8 @@ class NodeJoined:
     profile: NodeProfile
     held: tuple[HeldKv, ...] = ()
     """What its process still has of requests that an orchestrator, this one or one before it, gave it."""
+    highest_epoch: int = 0
+    """That its process has heard of. It would take lower ones for stale."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ def node_joined(state: ClusterState, event: NodeJoined) -> None:
     if before is not None and before.state != "dead":
         give_up_node(state, before, "replaced by a newer process")
     node = state.nodes.add(state.now_s, event.connection, event.profile)
+    state.epoch = max(state.epoch, event.highest_epoch)
     state.out.append(WelcomeNode(connection=node.connection, incarnation=node.incarnation))
     for attempt in state.nodes.lease_orphans(state.now_s, node):
         state.out.append(ReleaseAttempt(connection=node.connection, attempt=attempt))

@@ -30,11 +30,12 @@ class ClusterState:
         self.may_place = False
         """Whether the event under way made room or work, so that the policy should be asked."""
         self.out: list[Command] = []
-        self._epoch = config.first_epoch
+        self.epoch = config.first_epoch
+        """The highest that was given, or heard of."""
 
     def next_attempt(self, request_id: RequestId) -> AttemptId:
-        self._epoch += 1
-        return AttemptId(request_id=request_id, epoch=self._epoch)
+        self.epoch += 1
+        return AttemptId(request_id=request_id, epoch=self.epoch)
 
     def waiting(self) -> list[Request]:
         return [request for request in self.requests.values() if isinstance(request.phase, Queued)]

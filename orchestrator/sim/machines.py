@@ -255,10 +255,11 @@ class SimulatedOrchestrator(Machine):
 
     async def main(self) -> None:
         config = dataclasses.replace(core_config(self._bundle), **self._bounds)
-        written: list[Written] = []
+        written, epoch = list[Written](), 0
         if self.journal_folder is not None:
             self._journal = SimulatedJournal(self.journal_folder / "journal", self._bundle.sha256, self._loop)
-            written = self._journal.file.read()
+            written, epoch = self._journal.file.read(), self._journal.file.epoch()
+        config = dataclasses.replace(config, first_epoch=max(config.first_epoch, epoch))
         async with run_orchestrator(
             self._bundle, config, self._policy(), "127.0.0.1:0", journal=self._journal, written=written
         ) as running:

@@ -171,6 +171,7 @@ class Hello(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     SPARE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    HIGHEST_EPOCH_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     pid: _builtins.int
     """Process id, so that two processes with one name are told apart."""
@@ -189,6 +190,8 @@ class Hello(_message.Message):
     """KV bytes of one token over all layers of the model."""
     spare: _builtins.bool
     """A decode node that takes no requests of its own: it holds copies, and takes over."""
+    highest_epoch: _builtins.int
+    """Of all epochs that this process has heard of; new ones must lie above, whatever the orchestrator's clock says."""
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineInfo]: ...
     @_builtins.property
@@ -212,10 +215,11 @@ class Hello(_message.Message):
         kv_bytes_per_token: _builtins.int = ...,
         spare: _builtins.bool = ...,
         held: _abc.Iterable[Global___HeldKv] | None = ...,
+        highest_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bundle_sha256", b"bundle_sha256", "device_class", b"device_class", "engines", b"engines", "exchange_address", b"exchange_address", "held", b"held", "host_id", b"host_id", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_contract_sha256", b"kv_contract_sha256", "node_id", b"node_id", "pid", b"pid", "role", b"role", "spare", b"spare"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bundle_sha256", b"bundle_sha256", "device_class", b"device_class", "engines", b"engines", "exchange_address", b"exchange_address", "held", b"held", "highest_epoch", b"highest_epoch", "host_id", b"host_id", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_contract_sha256", b"kv_contract_sha256", "node_id", b"node_id", "pid", b"pid", "role", b"role", "spare", b"spare"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

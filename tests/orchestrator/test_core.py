@@ -40,7 +40,7 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
 )
 from edgellm.orchestrator.policies.dual_pool import DualPool
-from edgellm.orchestrator.sim.cluster import simulated_config, simulated_profile
+from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 P0, P1, D0, D1 = (ConnectionId(number) for number in range(1, 5))
 NAMES = {P0: "prefill0", P1: "prefill1", D0: "decode0", D1: "decode1"}

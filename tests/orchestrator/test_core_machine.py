@@ -54,7 +54,7 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
 )
 from edgellm.orchestrator.policies.dual_pool import DualPool
-from edgellm.orchestrator.sim.cluster import simulated_config, simulated_profile
+from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 LONG_AGO = 1000.0
 NAMES = ("prefill0", "prefill1", "decode0", "decode1", "spare0")

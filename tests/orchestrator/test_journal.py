@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.orchestrator.cli_status import what_is_new
+from edgellm.orchestrator.core.core import Core
+from edgellm.orchestrator.core.events import NodeJoined, Tick
 from edgellm.orchestrator.core.values import (
+    ConnectionId,
     Generation,
     KvTransfer,
     NodeId,
@@ -20,9 +23,13 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
     Sampling,
 )
-from edgellm.orchestrator.journal import Accepted, Emitted, Ended, JournalError, JournalFile, Placed
+from edgellm.orchestrator.driver import EPOCHS_RESERVED, Driver
+from edgellm.orchestrator.journal import Accepted, Emitted, Ended, EpochsReserved, JournalError, JournalFile, Placed
 from edgellm.orchestrator.journal_writer import JournalWriter
+from edgellm.orchestrator.metrics import Metrics
+from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.serve import _journal_path
+from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 STATS = RequestStats(
     prompt_tokens=3,
@@ -81,6 +88,32 @@ def test_what_ended_long_ago_is_forgotten(tmp_path):
     assert len(file.read()) == 2
     file.tidy(51.0)
     assert [written.accepted.spec.request_id for written in file.read()] == ["b"]
+
+
+def test_epochs_never_go_back(tmp_path):
+    file = JournalFile(tmp_path / "journal", "bundle")
+    assert file.epoch() == 0
+    file.write([EpochsReserved(highest=2**40)])
+    file.write([EpochsReserved(highest=7)])
+    file.close()
+    assert JournalFile(tmp_path / "journal", "bundle").epoch() == 2**40
+
+
+def test_epochs_are_reserved_before_they_are_given():
+    reserved = []
+
+    class Recorder:
+        def record(self, entries, then):
+            reserved.extend(entry.highest for entry in entries)
+            then()
+
+    about = simulated_profile("d0", "decode", device_class="cpu-local", kv_blocks=8, kv_bytes_per_token=64)
+    driver = Driver(Core(simulated_config(first_epoch=50), DualPool()), Metrics(), lambda: 0.0, Recorder())
+    driver.post(Tick())
+    driver.post(Tick())
+    assert reserved == [50 + EPOCHS_RESERVED]
+    driver.post(NodeJoined(connection=ConnectionId(1), profile=about, highest_epoch=3 * EPOCHS_RESERVED))
+    assert reserved[1:] == [4 * EPOCHS_RESERVED]
 
 
 def test_another_bundle_has_another_vocabulary(tmp_path):

@@ -54,7 +54,7 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
 )
 from edgellm.orchestrator.policies.dual_pool import DualPool
-from edgellm.orchestrator.sim.cluster import simulated_config, simulated_profile
+from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 FRONT, BACK = CUT = (Layers(0, 2), Layers(2, 2))
 PREFILL, D0, D1, SPARE = (ConnectionId(number) for number in range(1, 5))
@@ -95,9 +95,9 @@ class Cluster:
         for connection in connections:
             self.join(connection, prefill_decodes=prefill_decodes)
 
-    def join(self, connection, name=None, held=(), **fields):
+    def join(self, connection, name=None, held=(), highest_epoch=0, **fields):
         about = profile(name or NAMES[connection], **fields)
-        return self.happens(NodeJoined(connection=connection, profile=about, held=held))
+        return self.happens(NodeJoined(connection=connection, profile=about, held=held, highest_epoch=highest_epoch))
 
     def happens(self, event):
         commands = self.core.handle(self.now_s, event)
@@ -514,6 +514,15 @@ def recovered(tokens=5, epoch=3):
 
 def attempt_of(request_id, epoch):
     return AttemptId(request_id=RequestId(request_id), epoch=epoch)
+
+
+def test_epochs_lie_above_all_that_nodes_have_heard_of_whatever_the_clock_says():
+    cluster, _ = recovered()
+    cluster.join(PREFILL)
+    cluster.join(D0, highest_epoch=7000)
+    cluster.join(D1, highest_epoch=500)
+    cluster.passes(2.0, PREFILL, D0, D1)
+    assert cluster.request.epoch > 7000
 
 
 def test_after_a_restart_a_request_goes_on_where_its_nodes_are():

@@ -26,7 +26,7 @@ def config(bundle, engine: str, **options) -> NodeConfig:
 
 
 def infos(options: NodeConfig, engines: NodeEngines) -> list[tuple[str, bool]]:
-    hello = introduce(options, engines, exchange_address="", host_id="", held=())
+    hello = introduce(options, engines, exchange_address="", host_id="", held=(), highest_epoch=0)
     return [(one.name, one.planned) for one in hello.engines]
 
 

@@ -3,6 +3,8 @@
 import time
 from contextlib import AsyncExitStack
 
+from edgellm.runtime.attempts import Attempts
+from edgellm.runtime.kv.types import Attempt, RequestId
 from edgellm.runtime.rpc import cluster_pb2
 from tests.runtime.conftest import attempt, eventually, orchestrating, random_prompt, staged_answer
 from tests.runtime.takeover import Nodes, Part, Request, on_nodes
@@ -16,6 +18,15 @@ ROLES = {"reader": {"phase": "prefill"}, "first": WRITER, "last": WRITER}
 def copies_lost(nodes: Nodes, name: str) -> list[cluster_pb2.CopyLost]:
     events = nodes.running[name].joined.events
     return [event.copy_lost for event in events if event.WhichOneof("message") == "copy_lost"]
+
+
+def test_a_node_knows_the_highest_epoch_it_has_heard_of():
+    attempts = Attempts()
+    attempts.enter(Attempt(request_id=RequestId("a"), epoch=5))
+    attempts.release(Attempt(request_id=RequestId("b"), epoch=9))
+    attempts.enter(Attempt(request_id=RequestId("c"), epoch=7))
+    attempts.forget_stale()
+    assert attempts.highest_epoch == 9
 
 
 def test_a_later_stage_that_let_go_stalls_the_answer_for_a_lease():

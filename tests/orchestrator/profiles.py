@@ -1,4 +1,4 @@
-"""What the core is told of nodes that nobody runs."""
+"""Configurations and nodes that nobody runs, for tests of the core alone."""
 
 from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.values import EngineProfile, NodeId, NodeProfile, Role
