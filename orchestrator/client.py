@@ -14,8 +14,21 @@ CANCEL_TIMEOUT_S = 1.0
 RECONNECT_TIMEOUT_S = 30.0
 """An answer whose stream was lost is asked for again for so long."""
 RECONNECT_PAUSE_S = 0.1
-_RECONNECT_SOON = [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")]
-_LOSSES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_CHANNEL_OPTIONS = [
+    *((f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+"""Reconnect soon; and notice within ten seconds that packets vanish on the way."""
+_LOSSES = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+)
+"""The last two are what gRPC makes of damaged bytes. Where they are a fault of the server, asking again says so too."""
 
 AnswerEvent: TypeAlias = inference_pb2.Accepted | inference_pb2.Token | inference_pb2.Finished
 AnswerEvents: TypeAlias = Generator[AnswerEvent, None, None]
@@ -30,7 +43,7 @@ class ClientError(RuntimeError):
 @contextlib.contextmanager
 def connect(server: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
     """Raises ClientError if nobody answers at `server`; errors of calls inside become ClientErrors as well."""
-    with grpc.insecure_channel(server, options=_RECONNECT_SOON) as channel:
+    with grpc.insecure_channel(server, options=_CHANNEL_OPTIONS) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:

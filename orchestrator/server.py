@@ -35,6 +35,9 @@ LAST_PORT = 65535
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
 
+_SERVER_OPTIONS = [("grpc.so_reuseport", 0), ("grpc.http2.max_ping_strikes", 0)]
+"""Nodes and clients may ask as often as they like whether the connection still stands."""
+
 SetStatus = Callable[[str, "health_pb2.HealthCheckResponse.ServingStatus.ValueType"], Awaitable[None]]
 
 
@@ -90,7 +93,7 @@ async def run_orchestrator(
         new_request_id=lambda: uuid.uuid4().hex,
         new_seed=lambda: secrets.randbits(63),
     )
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[RefuseUndecodable()])
+    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[RefuseUndecodable()])
     cluster_pb2_grpc.add_ClusterServicer_to_server(ClusterServicer(driver), server)
     inference = InferenceServicer(driver, bundle, reader)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)

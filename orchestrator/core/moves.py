@@ -8,7 +8,10 @@ from edgellm.orchestrator.core.values import ConnectionId
 
 
 def move_stalled(state: ClusterState) -> None:
-    """A node of the pipeline cannot reach the next, which still lives: go on without it, or try the same once more."""
+    """A node of the pipeline cannot reach the next, which still lives: go on without it.
+
+    Where only that node has the KV, try the same once more; if that gives no token, read the prompt again.
+    """
     for request in list(state.requests.values()):
         stall = request.stalled
         if stall is not None and state.now_s - stall.since_s >= state.config.broken_link_grace_s:
@@ -22,7 +25,8 @@ def _go_round(state: ClusterState, request: Request, stall: Stall) -> None:
     lost = set()
     if peer is not None and peer.state != "dead":
         peer.unreachable_until_s = state.now_s + state.config.unreachable_drain_s
-        lost = {peer.connection} if plan_for(state, request, {peer.connection}) is not None else set()
+        can_do_without = plan_for(state, request, {peer.connection}) is not None
+        lost = {peer.connection} if can_do_without or request.attempts > 0 else set()
     go_on_without(state, request, lost, why, last_sign_s=stall.since_s)
 
 

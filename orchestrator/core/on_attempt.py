@@ -87,6 +87,8 @@ def attempt_failed(state: ClusterState, event: AttemptFailed) -> None:
     elif event.kind == "request":
         state.finish(request, "error", event.message)
     else:
+        if event.kind == "transfer":
+            request.avoid.add(event.connection)  # which end of the link is at fault, neither can tell
         delay_s = state.config.retry_delay_s * 2**request.attempts
         state.try_elsewhere(request, _culprit(state, event), event.message, delay_s=delay_s)
 

@@ -22,7 +22,16 @@ MAX_MESSAGE_BYTES: Final = 64 << 20
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_ping_strikes", 0),
 )
+"""Of both ends. A connection that does not come about within 2 s is given up; gRPC names that time so. One on which
+nothing comes back is broken within 2.5 s, as pings are sent once a second at most: where packets vanish, be it
+in one direction only, nobody else would tell. The last two options allow the pings."""
 _SPEED_WEIGHT: Final = 0.3
 """Of the newest transfer in the moving average of a link's speed."""
 

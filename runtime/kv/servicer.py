@@ -3,7 +3,7 @@ stream per sender."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias, assert_never
@@ -92,22 +92,23 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
     async def Push(  # type: ignore[override]  # noqa: N802  # the generated base declares a generator
         self, request_iterator: object, context: _PushContext
     ) -> None:
-        async with self._stream(context) as session:
-            await self._receive(session, context)
+        await self._serve(context, lambda session: self._receive(session, context))
 
     async def Copy(  # type: ignore[override]  # noqa: N802  # as above
         self, request_iterator: object, context: CopyContext
     ) -> None:
-        async with self._stream(context) as session:
-            await receive_copies(self._copies, session.incoming, context, idle_timeout_s=self._config.idle_timeout_s)
+        idle_timeout_s = self._config.idle_timeout_s
+        await self._serve(
+            context,
+            lambda session: receive_copies(self._copies, session.incoming, context, idle_timeout_s=idle_timeout_s),
+        )
 
-    @asynccontextmanager
-    async def _stream(self, context: _PushContext | CopyContext) -> AsyncIterator[Session]:
-        """The handshake that a stream belongs to. A stream that breaks ends quietly."""
+    async def _serve(self, context: _PushContext | CopyContext, receive: Callable[[Session], Awaitable[None]]) -> None:
+        """Receive in the session of the handshake that a stream belongs to. A stream that breaks ends quietly."""
         try:
             self.streams.enter()
             async with self._joined_session(context) as session:
-                yield session
+                await receive(session)
         except grpc.aio.AbortError:
             raise
         except (grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:

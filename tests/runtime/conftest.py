@@ -266,7 +266,7 @@ class Orchestrator(cluster_pb2_grpc.ClusterServicer):
 @asynccontextmanager
 async def orchestrating(address: str = "127.0.0.1:0") -> AsyncIterator[Orchestrator]:
     orchestrator = Orchestrator()
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.http2.max_ping_strikes", 0)])
     cluster_pb2_grpc.add_ClusterServicer_to_server(orchestrator, server)
     orchestrator.server = server
     orchestrator.address = f"127.0.0.1:{server.add_insecure_port(address)}"

@@ -4,27 +4,47 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Literal
+
+Way = Literal["up", "down"]
+"""Up is from those who dial to the listener."""
 
 
 @dataclass
 class Proxy:
-    """Between those who dial `address` and whoever listens behind it."""
+    """Between those who dial `address` and whoever listens behind it. Any thread may call its methods."""
 
     target: str
+    loop: asyncio.AbstractEventLoop
     address: str = ""
     delay_s: float = 0.0
     """Of every piece, both ways."""
-    is_open: asyncio.Event = field(default_factory=asyncio.Event)
-    """While clear, nothing comes back to those who dial; what they send still arrives."""
     damage: tuple[bytes, int] | None = None
-    """Invert the byte after this pattern, so many times, on its way to the listener."""
+    """Invert the byte after this pattern, so many times; an empty pattern is found before the first byte of a piece."""
+    damaged_way: Way = "up"
     forwarded_bytes: int = 0
+    _open: dict[Way, asyncio.Event] = field(default_factory=dict)
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._open = {"up": asyncio.Event(), "down": asyncio.Event()}
+        for way in self._open.values():
+            way.set()
+
+    def block(self, *ways: Way) -> None:
+        """Keep what is sent these ways, on new connections too, until `heal`: TCP loses nothing."""
+        for way in ways:
+            self._open[way].clear()
 
     def cut(self) -> None:
         """Reset every connection; new ones are taken."""
-        for writer in list(self._writers):
-            writer.transport.abort()
+        self.loop.call_soon_threadsafe(self._abort)
+
+    def heal(self) -> None:
+        """Behave again."""
+        self.delay_s, self.damage = 0.0, None
+        for way in self._open.values():
+            self.loop.call_soon_threadsafe(way.set)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self.target.rpartition(":")
@@ -36,8 +56,8 @@ class Proxy:
         self._writers |= {writer, there_writer}
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pass(reader, there_writer, self._damaged))
-                group.create_task(self._pass(there_reader, writer, self._held_back))
+                group.create_task(self._pass("up", reader, there_writer))
+                group.create_task(self._pass("down", there_reader, writer))
         except* OSError:
             pass
         finally:
@@ -45,20 +65,18 @@ class Proxy:
                 one.transport.abort()
             self._writers -= {writer, there_writer}
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change) -> None:
+    async def _pass(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):
             await asyncio.sleep(self.delay_s)
-            data = await change(data)
+            await self._open[way].wait()
+            if way == self.damaged_way:
+                data = self._damaged(data)
             self.forwarded_bytes += len(data)
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
 
-    async def _held_back(self, data: bytes) -> bytes:
-        await self.is_open.wait()
-        return data
-
-    async def _damaged(self, data: bytes) -> bytes:
+    def _damaged(self, data: bytes) -> bytes:
         if self.damage is None:
             return data
         pattern, times = self.damage
@@ -68,17 +86,21 @@ class Proxy:
         self.damage = pattern, times - 1
         return data[:index] + bytes([data[index] ^ 0xFF]) + data[index + 1 :]
 
+    def _abort(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
+
 
 @asynccontextmanager
 async def proxied(target: str) -> AsyncIterator[Proxy]:
     """A proxy before `target`, host:port."""
-    proxy = Proxy(target)
-    proxy.is_open.set()
+    proxy = Proxy(target, asyncio.get_running_loop())
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.address = "{}:{}".format(*server.sockets[0].getsockname())
     try:
         yield proxy
     finally:
         server.close()
+        proxy.heal()
         proxy.cut()
         await server.wait_closed()

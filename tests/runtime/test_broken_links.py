@@ -67,7 +67,7 @@ def test_answers_that_do_not_come_back_end_the_copy():
     async def test(source, holder, proxy):
         source.begin(attempt("a"), proxy.address, tokens=5)
         await eventually(lambda: holds(holder, attempt("a"), 5))
-        proxy.is_open.clear()
+        proxy.block("down")
         source.compute(attempt("a"), 40)
         await eventually(lambda: source.lost)
         assert "no answer" in source.lost[attempt("a"), proxy.address]

@@ -100,7 +100,7 @@ def servicer(holder: Holder, crashed: list[BaseException] | None = None) -> KvEx
 
 @asynccontextmanager
 async def serving(one: kv_pb2_grpc.KvExchangeServicer, port: int = 0):
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.http2.max_ping_strikes", 0)])
     kv_pb2_grpc.add_KvExchangeServicer_to_server(one, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
