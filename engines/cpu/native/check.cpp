@@ -91,7 +91,8 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
                             c.outliers,
                             c.outliers,
                             c.group(),
-                            c.form == Form::kInt8x16 ? 16256.0F : 127.0F};
+                            c.form == Form::kInt8x16 ? 16256.0F : 127.0F,
+                            c.rows};
   const auto weight_halves = random_halves<float_to_bf16>(c.panels() * 16 * c.channels, 2);
   const Bytes weight_bytes = random_bytes(c.panels() * 16 * c.channels, 3);
   const auto group_scale = random_halves<float_to_fp16>(c.panels() * 16 * (c.channels / c.group()), 4);

@@ -78,7 +78,9 @@ void Executor::run_op(const EmbedOp& op, const BatchView& batch) {
 template <class Args>
 void Executor::run_op(const RowOp<Args>& op, const BatchView&) {
   const std::int64_t chunk = std::max<std::int64_t>(1, kMinimumRowWork / op.row_work);
-  split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(op.args, begin, end); });
+  Args args = op.args;
+  if constexpr (requires { args.rows; }) args.rows = rows_;
+  split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
 }
 
 void Executor::run_op(const LinearOp& op, const BatchView&) {

@@ -15,6 +15,7 @@ struct PrepareArgs {
   std::int64_t channels, padded_channels, outliers, padded_outliers;
   std::int64_t group_size;  // channels per sum, for int8
   float quant_max;          // 127 or 7 for int8, kInt16Max for int16
+  std::int64_t rows = 0;    // of the step, which tiles are cut from
 };
 
 }  // namespace edgellm
@@ -23,6 +24,8 @@ struct PrepareArgs {
 namespace edgellm::EDGELLM_ISA {
 
 void prepare_half(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
+// On AMX only: into tiles, see amx_half.hpp.
+void prepare_half_tiles(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
 void prepare_float(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
 void prepare_int8(const PrepareArgs& args, std::int64_t begin, std::int64_t end);
 void prepare_int16(const PrepareArgs& args, std::int64_t begin, std::int64_t end);

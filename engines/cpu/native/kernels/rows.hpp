@@ -24,6 +24,7 @@ struct Rows {
 //   sums       int32 [groups] at sums_at: sum of the int8 channels of each group; of int16, of its two parts
 //   outliers   HalfIn [padded_outliers] at outliers_at
 //   scale      float at scale_at
+// On AMX, half-precision channels lie in tiles instead; see amx_half.hpp.
 struct Records {
   std::uint8_t* data;
   std::int64_t row_bytes;

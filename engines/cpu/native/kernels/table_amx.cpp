@@ -10,6 +10,7 @@ namespace edgellm::EDGELLM_ISA {
 const KernelTable& kernel_table() {
   static const KernelTable table = [] {
     KernelTable kernels = avx512::kernel_table();
+    kernels.prepare_half = prepare_half_tiles;
     kernels.linear_half = linear_half;
     kernels.linear_int8 = linear_int8_tiles;
     kernels.linear_int8x16 = linear_int8x16_tiles;
