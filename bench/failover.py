@@ -10,6 +10,7 @@ each client's pause is the time until its next token. The same prompts, cluster 
 """
 
 import argparse
+import contextlib
 import random
 import signal
 import statistics
@@ -34,7 +35,7 @@ from bench.recovery import (
 )
 from bench.report import Report, Target, machine
 from edgellm.orchestrator.bundle import ServedBundle, open_bundle
-from edgellm.orchestrator.local_nodes import planned_nodes
+from edgellm.orchestrator.local_nodes import LocalNode, planned_nodes
 from edgellm.orchestrator.process_cluster import ORCHESTRATOR, ProcessCluster
 
 TOKEN_IDS: Final = range(300, 500)
@@ -54,14 +55,22 @@ class Row:
     way: str
     context: int
     requests: int
-    pause_ms: float
-    pause_p99_ms: float
+    pause_ms: float = 0.0
+    pause_p99_ms: float = 0.0
     detect_ms: float = 0.0
     fence_ms: float = 0.0
     restore_ms: float = 0.0
     first_token_ms: float = 0.0
     tokens_per_s: float = 0.0
     copied_bytes_per_token: float = 0.0
+    of_no_copies: float = 0.0
+    """Tokens per second over those without copies, the median of rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steady:
+    tokens_per_s: float
+    copied_bytes_per_token: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +87,21 @@ class Bench:
         tokens = clients * (context + self.max_tokens(context))
         blocks = 2 * -(-tokens // self.bundle.index.kv.block_tokens) + 2 * clients
         nodes = {}
-        for number, node in enumerate(planned_nodes(self.bundle.index.plan, spares=1)):
-            options = ["--kv-blocks", str(blocks), "--metrics-port", str(FIRST_METRICS_PORT + number)]
+        for node, port in zip(self.nodes(), self.metrics_ports(copies=copies), strict=True):
+            options = ["--kv-blocks", str(blocks), "--metrics-port", str(port)]
             options += ["--spare"] if node.spare else []
             nodes[node.node_id] = (node.engine, *options)
         options = () if copies else ("--no-hot-copies",)
         return ProcessCluster(self.bundle.folder, Path(folder), nodes, serve_options=options)
+
+    def nodes(self) -> list[LocalNode]:
+        return planned_nodes(self.bundle.index.plan, spares=1)
+
+    def metrics_ports(self, *, copies: bool) -> range:
+        """One for each node; a cluster with copies and one without may run at once."""
+        num_nodes = len(self.nodes())
+        first = FIRST_METRICS_PORT + (0 if copies else num_nodes)
+        return range(first, first + num_nodes)
 
     def max_tokens(self, context: int) -> int:
         """Enough that nobody is done while others still wait for their first token."""
@@ -112,7 +130,7 @@ def run(options: argparse.Namespace) -> Report:
             differing += changed
     row, changed = _failures(bench, options.contexts[0], "hot copy", signal.SIGSTOP)
     rows += [row, _orchestrator_failures(bench)]
-    rows += [_steady(bench, options.contexts[0], copies=copies) for copies in (True, False)]
+    rows += _steady(bench, options.contexts[0])
     if options.chart is not None:
         draw([(row.way, row.context, row.pause_ms) for row in rows if row.event == "SIGKILL of a stage"], options.chart)
     return Report(
@@ -182,37 +200,53 @@ def _orchestrator_failures(bench: Bench) -> Row:
     return _row("SIGKILL of the orchestrator", "journal", context, pauses)
 
 
-def _steady(bench: Bench, context: int, *, copies: bool) -> Row:
-    """Tokens per second of all clients while nothing fails, and the bytes that copies took."""
-    speeds, copied = [], 0.0
-    with tempfile.TemporaryDirectory() as folder, bench.cluster(folder, context, CLIENTS, copies=copies) as cluster:
-        prompts = bench.prompts(context, CLIENTS)
-        for round_number in range(bench.rounds):
-            cluster.restore()
-            readers = start_readers(cluster, f"round{round_number}", prompts, bench.max_tokens(context))
-            start_s, bytes_before = time.perf_counter(), _copied_bytes(len(cluster.nodes))
-            wait_until(readers, lambda reader, since_s=start_s: reader.since(since_s) >= STEADY_TOKENS)  # type: ignore[misc]
-            seconds = time.perf_counter() - start_s
-            tokens = sum(reader.since(start_s) for reader in readers)
-            copied += (_copied_bytes(len(cluster.nodes)) - bytes_before) / tokens
-            speeds.append(tokens / seconds)
-            end_readers(readers)
-    return Row(
-        event="none",
-        way="hot copy" if copies else "no copies",
-        context=context,
-        requests=CLIENTS * bench.rounds,
-        pause_ms=0.0,
-        pause_p99_ms=0.0,
-        tokens_per_s=statistics.median(speeds),
-        copied_bytes_per_token=copied / bench.rounds,
-    )
+def _steady(bench: Bench, context: int) -> list[Row]:
+    """Tokens per second of all clients while nothing fails, with copies and without.
+
+    Two clusters take turns, every other round in the other order: a machine's speed drifts by more than copies cost.
+    """
+    runs: dict[bool, list[_Steady]] = {True: [], False: []}
+    with contextlib.ExitStack() as stack:
+        clusters = {}
+        for copies in runs:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            clusters[copies] = stack.enter_context(bench.cluster(folder, context, CLIENTS, copies=copies))
+            clusters[copies].restore()
+        for number in range(bench.rounds):
+            for copies in sorted(runs, reverse=number % 2 == 0):
+                ports = bench.metrics_ports(copies=copies)
+                runs[copies].append(_steady_run(bench, clusters[copies], f"round{number}", context, ports))
+    return [
+        Row(
+            event="none",
+            way="hot copy" if copies else "no copies",
+            context=context,
+            requests=CLIENTS * bench.rounds,
+            tokens_per_s=statistics.median(run.tokens_per_s for run in runs[copies]),
+            copied_bytes_per_token=statistics.median(run.copied_bytes_per_token for run in runs[copies]),
+            of_no_copies=statistics.median(
+                run.tokens_per_s / other.tokens_per_s for run, other in zip(runs[copies], runs[False], strict=True)
+            ),
+        )
+        for copies in runs
+    ]
 
 
-def _copied_bytes(num_nodes: int) -> float:
-    """What all nodes have sent as copies so far, by their metrics."""
+def _steady_run(bench: Bench, cluster: ProcessCluster, name: str, context: int, ports: Sequence[int]) -> _Steady:
+    readers = start_readers(cluster, name, bench.prompts(context, CLIENTS), bench.max_tokens(context))
+    start_s, bytes_before = time.perf_counter(), _copied_bytes(ports)
+    wait_until(readers, lambda reader: reader.since(start_s) >= STEADY_TOKENS)
+    seconds = time.perf_counter() - start_s
+    tokens = sum(reader.since(start_s) for reader in readers)
+    copied = _copied_bytes(ports) - bytes_before
+    end_readers(readers)
+    return _Steady(tokens_per_s=tokens / seconds, copied_bytes_per_token=copied / tokens)
+
+
+def _copied_bytes(ports: Sequence[int]) -> float:
+    """What the nodes with these ports have sent as copies so far, by their metrics."""
     total = 0.0
-    for port in range(FIRST_METRICS_PORT, FIRST_METRICS_PORT + num_nodes):
+    for port in ports:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
             for line in page.read().decode().splitlines():
                 if line.startswith('edgellm_kv_copied_bytes{way="sent"}'):
@@ -235,7 +269,7 @@ def _targets(rows: Sequence[Row], differing: int) -> list[Target]:
     sooner = killed["token replay", long].pause_ms / killed["hot copy", long].pause_ms
     stopped = by_event["SIGSTOP of a stage", "hot copy"].pause_ms
     restarted = by_event["SIGKILL of the orchestrator", "journal"].pause_p99_ms
-    slower = 1 - by_event["none", "hot copy"].tokens_per_s / by_event["none", "no copies"].tokens_per_s
+    slower = 1 - by_event["none", "hot copy"].of_no_copies
     return [
         _at_most("answers that differ from a calm run", differing, 0),
         _at_most(f"pause after SIGKILL of a stage, {short} tokens, ms", first.pause_ms, 300),

@@ -15,12 +15,14 @@ class CopyConfig:
 
     codec: CopyCodec = "raw"
     """`int8` halves the bytes; what is replayed after a takeover may then differ."""
-    batch_tokens: int = 4
+    batch_tokens: int = 6
     """New positions of one request that are sent at once, with those of all others."""
     new_tokens: int = 16
     """A copy with more than this to send is behind, and is sent in larger parts after what is new of others."""
-    max_wait_s: float = 0.05
+    max_wait_s: float = 0.25
     """After which any new position is sent."""
+    retry_s: float = 0.05
+    """After which refused rows are sent again."""
     message_bytes: int = 1 << 20
     window_bytes: int = 4 << 20
     """Payload that may be unacknowledged."""
@@ -228,7 +230,7 @@ class CopyQueue:
         """Whether the copy goes on: then everything from these rows on is sent again, a moment later."""
         copy.refused_s = now_s if copy.refused_s is None else copy.refused_s
         copy.sent = min(copy.sent, tokens.start)
-        copy.not_before_s = now_s + self._config.max_wait_s
+        copy.not_before_s = now_s + self._config.retry_s
         return refusal == "again" and now_s - copy.refused_s <= self._config.patience_s
 
     def _bytes(self, rows: Rows) -> int:
