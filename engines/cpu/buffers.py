@@ -1,5 +1,6 @@
 """Where each buffer of a plan lies in the arena: buffers that are never alive together may share bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,17 +35,17 @@ class BufferPlanner:
     def row_bytes(self, buffer: int) -> int:
         return self._lives[buffer].row_bytes
 
-    def place(self) -> tuple[Buffer, ...]:
-        """First fit, in order of creation."""
+    def place(self, rounds: Sequence[int]) -> tuple[Buffer, ...]:
+        """First fit, in order of creation. `rounds`: of each op; what ops of one round touch does not overlap."""
         placed: list[tuple[_Life, int]] = []
         for life in self._lives:
-            rivals = sorted((offset, other.row_bytes) for other, offset in placed if _overlap(life, other))
+            rivals = sorted((offset, other.row_bytes) for other, offset in placed if _overlap(life, other, rounds))
             placed.append((life, _first_gap(rivals, life.row_bytes)))
         return tuple(Buffer(row_bytes=life.row_bytes, row_offset=offset) for life, offset in placed)
 
 
-def _overlap(a: _Life, b: _Life) -> bool:
-    return a.first_op <= b.last_op and b.first_op <= a.last_op
+def _overlap(a: _Life, b: _Life, rounds: Sequence[int]) -> bool:
+    return rounds[a.first_op] <= rounds[b.last_op] and rounds[b.first_op] <= rounds[a.last_op]
 
 
 def _first_gap(taken: list[tuple[int, int]], size: int) -> int:

@@ -107,7 +107,7 @@ class _Compiler:
             max_seq_len=self._max_seq_len,
             contract=contract,
             group=max(groups, default=1),
-            buffers=self._buffers.place(),
+            buffers=self._buffers.place(plan.rounds(self._ops)),
             ops=tuple(self._ops),
             output=output,
             is_first_stage=self._graph.is_first_stage,

@@ -5,14 +5,14 @@ Buffers hold float32 rows or a linear's prepared input, `row_bytes` per row. A b
 do not overlap. Weights are segments of `weights.bin`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Literal, TypeAlias
 
 import msgspec
 
 from edgellm.engines.kv import KvContract
 
-BACKEND_VERSION: Final = "cpu-3"
+BACKEND_VERSION: Final = "cpu-5"
 """Of the plan, the packed layouts and the arithmetic: engines of another version are refused."""
 SEGMENT_ALIGNMENT: Final = 64
 PANEL_COLUMNS: Final = 16
@@ -178,6 +178,10 @@ PlanOp: TypeAlias = (
 )
 
 
+RowOp: TypeAlias = NormOp | PrepareOp | ActivateOp | AddOp
+"""Row r of what it writes depends on row r of what it reads."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """plan.json."""
 
@@ -196,6 +200,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     output: View
     is_first_stage: bool
     is_last_stage: bool
+
+
+def rounds(ops: Sequence[PlanOp]) -> tuple[int, ...]:
+    """Of each op, and of what reads the output: row ops in a row are one round, as they run some rows at a time."""
+    numbers = [0]
+    for before, op in zip(ops, [*ops[1:], None], strict=True):
+        numbers.append(numbers[-1] + (not (isinstance(before, RowOp) and isinstance(op, RowOp))))
+    return tuple(numbers)
 
 
 def segments(plan: Plan) -> Iterator[Segment]:

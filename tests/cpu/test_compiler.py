@@ -87,13 +87,20 @@ def test_segments_are_aligned_and_inside_the_file(kit, tmp_path):
         assert segment.offset + segment.bytes <= found.weights_bytes
 
 
-@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=30))
-def test_buffers_that_live_together_never_share_memory(lives):
+@given(
+    lives=st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=30),
+    ops_per_round=st.integers(1, 4),
+)
+def test_buffers_that_live_together_never_share_memory(lives, ops_per_round):
     planner = BufferPlanner()
     for row_bytes, first, length in lives:
         planner.touch(planner.new(row_bytes, first), first + length)
-    placed = planner.place()
-    spans = [(first, first + length, buffer) for (_, first, length), buffer in zip(lives, placed, strict=True)]
+    rounds = [op // ops_per_round for op in range(30)]
+    placed = planner.place(rounds)
+    spans = [
+        (rounds[first], rounds[first + length], buffer)
+        for (_, first, length), buffer in zip(lives, placed, strict=True)
+    ]
     for index, (first, last, buffer) in enumerate(spans):
         assert buffer.row_bytes >= lives[index][0]
         for other_first, other_last, other in spans[:index]:
@@ -103,6 +110,17 @@ def test_buffers_that_live_together_never_share_memory(lives):
                 or other.row_offset >= buffer.row_offset + buffer.row_bytes
             )
             assert apart or not together
+
+
+def test_row_ops_in_a_row_are_one_round(kit, tmp_path):
+    ops = compiled(kit, kit.model("llama", Half(), kit.sizes()), tmp_path).ops
+    rounds = plan.rounds(ops)
+    kinds = [type(op) for op in ops]
+    for index in range(1, len(ops)):
+        together = {kinds[index - 1], kinds[index]} <= {plan.NormOp, plan.PrepareOp, plan.ActivateOp, plan.AddOp}
+        assert rounds[index] == rounds[index - 1] + (not together)
+    assert len(rounds) == len(ops) + 1
+    assert len(set(rounds)) < len(rounds)
 
 
 def test_half_panels(kit):

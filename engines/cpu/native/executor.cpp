@@ -13,6 +13,34 @@ constexpr std::int64_t kMinimumLinearWork = 1 << 17;  // multiply-adds per chunk
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+template <class T>
+constexpr bool kIsRowOp = false;
+template <class Args>
+constexpr bool kIsRowOp<RowOp<Args>> = true;
+
+// 0 for an op that does not work row by row.
+std::int64_t row_work(const Op& op) {
+  return std::visit(
+      [](const auto& alternative) -> std::int64_t {
+        if constexpr (kIsRowOp<std::decay_t<decltype(alternative)>>) return alternative.row_work;
+        return 0;
+      },
+      op);
+}
+
+// Rows [begin, end) of a row op, of `rows` that the step has.
+void run_rows(const Op& op, std::int64_t rows, std::int64_t begin, std::int64_t end) {
+  std::visit(
+      [&](const auto& alternative) {
+        if constexpr (kIsRowOp<std::decay_t<decltype(alternative)>>) {
+          auto args = alternative.args;
+          if constexpr (requires { args.rows; }) args.rows = rows;
+          alternative.kernel(args, begin, end);
+        }
+      },
+      op);
+}
+
 }  // namespace
 
 Executor::Executor(std::string_view isa, int threads, Limits limits, KvMemory kv)
@@ -36,7 +64,12 @@ std::int64_t Executor::run(const BatchView& batch, std::int64_t begin, std::int6
     rows_ = batch.rows;
   }
   for (std::int64_t i = begin; i < end; ++i) {
-    std::visit([&](const auto& alternative) { run_op(alternative, batch); }, ops_[i]);
+    if (const std::int64_t after = row_ops_end(i, end); after > i) {
+      run_row_ops(i, after);
+      i = after - 1;
+    } else {
+      std::visit([&](const auto& alternative) { run_op(alternative, batch); }, ops_[i]);
+    }
   }
   return rows_;
 }
@@ -75,12 +108,20 @@ void Executor::run_op(const EmbedOp& op, const BatchView& batch) {
   split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
 }
 
-template <class Args>
-void Executor::run_op(const RowOp<Args>& op, const BatchView&) {
-  const std::int64_t chunk = std::max<std::int64_t>(1, kMinimumRowWork / op.row_work);
-  Args args = op.args;
-  if constexpr (requires { args.rows; }) args.rows = rows_;
-  split(rows_, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
+// Of the ops that work row by row, from `begin` on, the end; `begin` if the first one does not.
+std::int64_t Executor::row_ops_end(std::int64_t begin, std::int64_t end) const {
+  while (begin < end && row_work(ops_[begin]) > 0) ++begin;
+  return begin;
+}
+
+// Some rows through all of these ops before the next rows, while they are in the cache. The plan gives ops in a row
+// buffers that do not overlap.
+void Executor::run_row_ops(std::int64_t begin, std::int64_t end) {
+  std::int64_t work = 0;
+  for (std::int64_t i = begin; i < end; ++i) work += row_work(ops_[i]);
+  split(rows_, std::max<std::int64_t>(1, kMinimumRowWork / work), [&](int, std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = begin; i < end; ++i) run_rows(ops_[i], rows_, first, last);
+  });
 }
 
 void Executor::run_op(const LinearOp& op, const BatchView&) {

@@ -88,11 +88,13 @@ class Executor {
   void place(const BatchView& batch);
   template <class Body>
   void split(std::int64_t units, std::int64_t chunk, const Body& body);
+  std::int64_t row_ops_end(std::int64_t begin, std::int64_t end) const;
+  void run_row_ops(std::int64_t begin, std::int64_t end);
 
   void run_op(const InputOp& op, const BatchView& batch);
   void run_op(const EmbedOp& op, const BatchView& batch);
   template <class Args>
-  void run_op(const RowOp<Args>& op, const BatchView& batch);
+  void run_op(const RowOp<Args>&, const BatchView&) {}  // `run_row_ops` does them
   void run_op(const LinearOp& op, const BatchView& batch);
   void run_op(const StoreKvOp& op, const BatchView& batch);
   void run_op(const AttendOp& op, const BatchView& batch);
