@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from edgellm.orchestrator.client import connect, events
 from edgellm.orchestrator.local_cluster import LocalCluster, serve
+from edgellm.orchestrator.process_cluster import free_port
 from edgellm.runtime.rpc import inference_pb2 as api
 from edgellm.runtime.rpc.inference_pb2_grpc import InferenceStub
 
@@ -78,9 +81,33 @@ def test_stopping_the_server_leaves_no_process(stories_bundle: Path, ask: Callab
     assert not [process for process in processes if process.is_running()]
 
 
-def test_a_killed_server_takes_its_nodes_with_it(stories_bundle: Path) -> None:
-    with serve(stories_bundle) as cluster:
-        processes = psutil.Process(cluster.process.pid).children(recursive=True)
+def test_a_killed_server_takes_its_nodes_with_it_and_goes_on_from_its_journal(
+    stories_bundle: Path, tmp_path: Path, everything_is_free: Callable
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    options = ["--listen", address, "--journal", str(tmp_path / "journal")]
+    shared_memory = set(Path("/dev/shm").iterdir())
+    with serve(stories_bundle, options=options) as cluster, connect(address) as stub, ThreadPoolExecutor(4) as threads:
+        expected = followed(stub)
+        answers = [threads.submit(followed, stub) for _ in range(4)]
+        wait_for_decoding(stub, 4)
+        nodes = psutil.Process(cluster.process.pid).children(recursive=True)
         cluster.process.kill()
-        _, alive = psutil.wait_procs(processes, timeout=30)
+        _, alive = psutil.wait_procs(nodes, timeout=30)
         assert not alive
+        assert set(Path("/dev/shm").iterdir()) <= shared_memory
+        with serve(stories_bundle, options=options):
+            assert [answer.result() for answer in answers] == [expected] * 4
+            everything_is_free(stub)
+
+
+def followed(stub: InferenceStub) -> list[tuple[int, int]]:
+    """Index and id of each token, over as many streams as it takes."""
+    return [(event.index, event.token_id) for event in events(stub, REQUEST) if isinstance(event, api.Token)]
+
+
+def wait_for_decoding(stub: InferenceStub, count: int, timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while stub.GetCluster(api.GetClusterRequest(), timeout=10).decoding < count:
+        assert time.monotonic() < deadline_s, f"never {count} answers at a time"
+        time.sleep(0.005)
