@@ -12,7 +12,7 @@ import msgspec
 
 from edgellm.engines.kv import KvContract
 
-BACKEND_VERSION: Final = "cpu-5"
+BACKEND_VERSION: Final = "cpu-6"
 """Of the plan, the packed layouts and the arithmetic: engines of another version are refused."""
 SEGMENT_ALIGNMENT: Final = 64
 PANEL_COLUMNS: Final = 16

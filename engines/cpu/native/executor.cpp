@@ -9,6 +9,7 @@ namespace {
 
 constexpr std::int64_t kMinimumRowWork = 16384;  // floats: less is not worth another thread
 constexpr std::int64_t kChunkPanels = 4;
+constexpr std::int64_t kAttendChunks = 4;             // per thread
 constexpr std::int64_t kMinimumLinearWork = 1 << 17;  // multiply-adds per chunk
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -147,12 +148,15 @@ void Executor::run_op(const AttendOp& op, const BatchView&) {
   AttendArgs args = op.args;
   args.pieces = attention_.pieces().data();
   args.split = attention_.split().data();
-  const auto run = [&](AttendKernel kernel, std::size_t units) {
-    split(static_cast<std::int64_t>(units) * args.kv.kv_heads, 1,
+  const auto run = [&](AttendKernel kernel, std::size_t count, std::int64_t chunk) {
+    split(static_cast<std::int64_t>(count) * args.kv.kv_heads, chunk,
           [&](int thread, std::int64_t begin, std::int64_t end) { kernel(args, begin, end, scratch_[thread].get()); });
   };
-  run(op.kernel, attention_.pieces().size());
-  run(op.merge, attention_.split().size());
+  const auto pieces = static_cast<std::int64_t>(attention_.pieces().size());
+  // Neighbours together, as a piece asks for the next one's memory; single heads where there are few pieces.
+  const std::int64_t together = pieces / (threads_.threads() * kAttendChunks);
+  run(op.kernel, pieces, std::max<std::int64_t>(1, together * args.kv.kv_heads));
+  run(op.merge, attention_.split().size(), 1);
 }
 
 void Executor::run_op(const SelectOp& op, const BatchView& batch) {

@@ -31,7 +31,7 @@ class FloatKernel {
     }
   }
 
-  void run(const Segment& segment, const Results& results) {
+  void run(const Segment& segment, const Results& results, Ahead&) {
     const int first = segment.first_seeing_vector();
     for (int t = 0; t < segment.tokens(); t += kBlockTokens) {
       load_keys(segment, t);

@@ -1,55 +1,22 @@
-// Attention on AMX tiles, in bf16 with float32 sums. Scores are computed as keys times queries, so that keys are used
-// as they lie in the cache and sixteen vectors' scores of a token lie in lanes; weights are turned before they meet the
-// values. A vector's place in a tile does not enter its result, so one row goes through tiles too.
+// Attention over half KV on AMX tiles, in bf16 with float32 sums. Scores are computed as keys times queries, so that
+// keys are used as they lie in the cache and sixteen vectors' scores of a token lie in lanes; weights are turned before
+// they meet the values. A vector's place in a tile does not enter its result, so one row goes through tiles too.
 #include <limits>
 
 #include "amx_block.hpp"
-#include "amx_tile.hpp"
+#include "attend_amx.hpp"
 
 namespace edgellm::EDGELLM_ISA {
 
 namespace {
 
-inline constexpr int kTileVectors = 16;
-inline constexpr float kLog2E = 1.44269504F;
-
-// 2^x for x <= 0 or a little more: a minimax cubic of x's fraction, relative error 8e-5, well below the rounding to
-// bf16 that follows. Lanes outside the mask are 0.
-inline __m512 exp2_masked(__mmask16 mask, __m512 x) {
-  const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(0.0780245215F);
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.226067156F));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.695833564F));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.999925196F));
-  return _mm512_maskz_scalef_ps(mask, p, x);
-}
-
-// What sixteen vectors see of a segment.
-struct View {
-  __m512i visible;  // tokens, per vector
-  int every, any;   // tokens that all of them see, that one of them sees
-
-  View(const Segment& segment, int first) {
-    alignas(64) std::int32_t lanes[kTileVectors];
-    const int last = segment.walk.vectors() - 1;
-    for (int i = 0; i < kTileVectors; ++i) {
-      lanes[i] = std::clamp(segment.visible(std::min(first + i, last)), 0, segment.tokens());
-    }
-    visible = _mm512_load_si512(lanes);
-    every = lanes[0];
-    any = lanes[kTileVectors - 1];
-  }
-  __mmask16 sees(int token) const { return _mm512_cmpgt_epi32_mask(visible, _mm512_set1_epi32(token)); }
-};
-
-template <class Block>
 class TileKernel {
  public:
   // Tiles multiply unseen tokens' values with weights of zero, which is zero only if they are finite.
   static bool must_part_rows(const Walk& walk) {
     F32 zeros = zero();
-    for (std::int64_t token = walk.task.first_position; !Block::kHasScales && token < walk.task.tokens(); ++token) {
-      const Block block(walk, walk.block(token), 0);
+    for (std::int64_t token = walk.task.first_position; token < walk.task.tokens(); ++token) {
+      const Fp16Block block(walk, walk.block(token), 0);
       for (std::int64_t d = 0; d < walk.head_dim(); d += kLanes) {
         const int n = static_cast<int>(walk.head_dim() - d);
         zeros = fma(block.value_lanes(static_cast<int>(token % kBlockTokens), d, n), zero(), zeros);
@@ -67,14 +34,14 @@ class TileKernel {
     for (int v = 0; v < walk.vectors(); v += kTileVectors) load_queries(walk, v);
   }
 
-  void run(const Segment& segment, const Results& results) {
+  void run(const Segment& segment, const Results& results, Ahead& ahead) {
     if (segment.walk.vectors() <= kTileVectors && depth_ <= 64) {
-      run_few(segment, results);
+      run_few(segment, results, ahead);
       return;
     }
     for (int t = 0; t < segment.tokens(); t += kBlockTokens) {
-      load_keys<Block>(segment, t, t, store_);
-      load_values<Block>(segment, t, t, store_);
+      load_keys(segment, t, t, store_, ahead);
+      load_values(segment, t, t, store_, ahead);
     }
     int v = segment.first_seeing_vector() / kTileVectors * kTileVectors;
     for (; v + kTileVectors < segment.walk.vectors(); v += 2 * kTileVectors) {
@@ -94,20 +61,24 @@ class TileKernel {
   }
 
  private:
-  // One tile of vectors has no second use for a key: each is used as soon as it is converted, while it is in L1.
-  void run_few(const Segment& segment, const Results& results) {
+  // One tile of vectors has no second use for a key: each is used while it is in L1, one step after it was converted,
+  // because a tile loads what was just stored only when the stores have reached the cache.
+  void run_few(const Segment& segment, const Results& results, Ahead& ahead) {
     const View view(segment, 0);
+    load_64_keys(segment, 0, view.any, ahead);
     for (int t = 0; t < view.any; t += 64) {
-      load_keys<Block>(segment, t, 0, store_);
-      if (t + kBlockTokens < view.any) load_keys<Block>(segment, t + kBlockTokens, kBlockTokens, store_);
-      score_64(0, 0, t);
+      if (t + 64 < view.any) load_64_keys(segment, t + 64, view.any, ahead);
+      score_64(0, t % 128, t);
     }
+    load_values(segment, 0, 0, store_, ahead);
     soften(segment, view, 0, 0, results);
     zero_four();
     for (int t = 0; t < view.any; t += kBlockTokens) {
-      load_values<Block>(segment, t, 0, store_);
-      weigh_two_columns(t, 0, 0);
-      if (depth_ == 64) weigh_next_two_columns(t, 0, 0);
+      if (t + kBlockTokens < view.any) {
+        load_values(segment, t + kBlockTokens, (t + kBlockTokens) % 64, store_, ahead);
+      }
+      weigh_two_columns(t, t % 64, 0);
+      if (depth_ == 64) weigh_next_two_columns(t, t % 64, 0);
     }
     float* out = results.values(0);
     _tile_stored(0, out, result_stride());
@@ -115,6 +86,12 @@ class TileKernel {
     if (depth_ == 64) {
       _tile_stored(2, out + 32, result_stride());
       _tile_stored(3, out + 48, result_stride());
+    }
+  }
+
+  void load_64_keys(const Segment& segment, int token, int tokens, Ahead& ahead) {
+    for (int t = token; t < token + 64 && t < tokens; t += kBlockTokens) {
+      load_keys(segment, t, t % 128, store_, ahead);
     }
   }
 
@@ -177,21 +154,7 @@ class TileKernel {
     }
   }
 
-  static void zero_four() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-
-  static void store_four(float* a, float* b, float* c, float* d, std::int64_t stride) {
-    _tile_stored(0, a, stride);
-    _tile_stored(1, b, stride);
-    _tile_stored(2, c, stride);
-    _tile_stored(3, d, stride);
-  }
-
-  // weights_ [16, kSegmentTokens], times the values' scales, and each vector's largest score and total.
+  // weights_ [16, kSegmentTokens], and each vector's largest score and total.
   void soften(const Segment& segment, const View& view, int first, int tile, const Results& results) {
     const __m512 largest = largest_scores(view, tile);
     const __m512 scale = _mm512_set1_ps(segment.walk.args.scale * kLog2E);
@@ -219,21 +182,11 @@ class TileKernel {
     __m512 odd = none;
     int t = 0;
     for (; t + 2 <= view.every; t += 2) {
-      even = _mm512_max_ps(even, scaled_score(tile, t));
-      odd = _mm512_max_ps(odd, scaled_score(tile, t + 1));
+      even = _mm512_max_ps(even, _mm512_loadu_ps(scores(tile, t)));
+      odd = _mm512_max_ps(odd, _mm512_loadu_ps(scores(tile, t + 1)));
     }
-    for (; t < view.any; ++t) even = _mm512_mask_max_ps(even, view.sees(t), even, scaled_score(tile, t));
+    for (; t < view.any; ++t) even = _mm512_mask_max_ps(even, view.sees(t), even, _mm512_loadu_ps(scores(tile, t)));
     return _mm512_max_ps(even, odd);
-  }
-
-  // Key scales are applied when a score is first read.
-  __m512 scaled_score(int tile, int token) {
-    float* score = scores(tile, token);
-    const __m512 value = _mm512_loadu_ps(score);
-    if constexpr (!Block::kHasScales) return value;
-    const __m512 scaled = _mm512_mul_ps(value, _mm512_set1_ps(store_.key_scales[token]));
-    _mm512_storeu_ps(score, scaled);
-    return scaled;
   }
 
   // 32 tokens' weights; mask(token) are the vectors that see it.
@@ -249,9 +202,6 @@ class TileKernel {
         const __m512 score = _mm512_loadu_ps(scores(tile, t));
         weight[j] = exp2_masked(mask(t), _mm512_fmsub_ps(score, scale, shift));
         totals[(2 * i + j) % 4] = _mm512_add_ps(totals[(2 * i + j) % 4], weight[j]);
-        if constexpr (Block::kHasScales) {
-          weight[j] = _mm512_maskz_mul_ps(mask(t), weight[j], _mm512_set1_ps(store_.value_scales[t]));
-        }
       }
       pairs[i].v = interleave(to_bf16({weight[0]}, {weight[1]}));
     }
@@ -335,11 +285,7 @@ class TileKernel {
 }  // namespace
 
 void attend_fp16(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  attend_pieces<TileKernel<Fp16Block>>(args, begin, end, scratch);
-}
-
-void attend_int8(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  attend_pieces<TileKernel<Int8Block>>(args, begin, end, scratch);
+  attend_pieces<TileKernel>(args, begin, end, scratch);
 }
 
 }  // namespace edgellm::EDGELLM_ISA

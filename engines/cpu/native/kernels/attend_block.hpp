@@ -22,8 +22,6 @@ struct HeadRows {
 // Each type gives a token's values as lanes, and spreads the keys of 16 tokens, a 32-bit word of each token in a lane,
 // over rows of [channels, 32] floats. `tokens` of the block exist.
 struct Fp16Block : HeadRows<std::uint16_t> {
-  static constexpr bool kHasScales = false;
-
   Fp16Block(const Walk& walk, const std::uint8_t* block, int) : HeadRows(walk, block) {}
 
   F32 value_lanes(int t, std::int64_t d, int n) const { return load_f16_n(values + t * stride + d, n); }
@@ -39,7 +37,6 @@ inline F32 signed_byte(I32 words) {
 }
 
 struct Int8Block : HeadRows<std::int8_t> {
-  static constexpr bool kHasScales = true;
   float key_scales[kBlockTokens];  // zero where there is no token
   float value_scales[kBlockTokens];
 

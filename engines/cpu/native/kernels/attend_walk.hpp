@@ -110,36 +110,79 @@ struct Scratch {
         rest(scratch + 2 * kAttendVectors * result_floats(head_dim)) {}
 };
 
-// Kernel(walk, scratch) takes the task's queries; run(segment, results) computes the vectors that see the segment.
-// must_part_rows(walk): whether what later rows stored could leak into earlier rows that walk beside them.
+// The KV of the piece after this one, asked for line by line while this one computes. The heads of a piece follow each
+// other and share its lines out, in the order of memory: one head's alone, a few lines of each token, read slower.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Walk& next, std::int32_t segment) : walk_(&next) {
+    const std::int64_t first = segment == kAllSegments ? 0 : segment * kSegmentTokens;
+    const std::int64_t tokens = std::min(next.task.tokens() - first, kSegmentTokens);
+    const std::int64_t bytes = (tokens + kBlockTokens - 1) / kBlockTokens * next.args.kv.block_bytes;
+    first_block_ = first / kBlockTokens;
+    share_at_ = bytes * next.kv_head / next.args.kv.kv_heads;
+    share_end_ = bytes * (next.kv_head + 1) / next.args.kv.kv_heads;
+  }
+
+  void line() {
+    if (at_ >= end_ && !take_block()) return;
+    __builtin_prefetch(at_, 0, 2);
+    at_ += kLineBytes;
+  }
+  void lines(int count) {
+    for (int i = 0; i < count; ++i) line();
+  }
+
+ private:
+  // What the next block has of the share.
+  bool take_block() {
+    if (share_at_ >= share_end_) return false;
+    const std::int64_t bytes = walk_->args.kv.block_bytes;
+    const std::int64_t offset = share_at_ % bytes;
+    at_ = walk_->block((first_block_ + share_at_ / bytes) * kBlockTokens) + offset;
+    end_ = at_ + std::min(bytes - offset, share_end_ - share_at_);
+    share_at_ += bytes - offset;
+    return true;
+  }
+
+  static constexpr int kLineBytes = 64;
+  const Walk* walk_ = nullptr;
+  const std::uint8_t* at_ = nullptr;
+  const std::uint8_t* end_ = nullptr;
+  std::int64_t first_block_ = 0, share_at_ = 0, share_end_ = 0;  // bytes of the piece's blocks, one after the other
+};
+
+// Kernel(walk, scratch) takes the task's queries; run(segment, results, ahead) computes the vectors that see the
+// segment. must_part_rows(walk): whether what later rows stored could leak into earlier rows that walk beside them.
 template <class Kernel>
-void attend_all(const Walk& walk, const Scratch& scratch) {
+void attend_all(const Walk& walk, const Scratch& scratch, Ahead ahead) {
   Kernel kernel(walk, scratch.rest);
-  kernel.run(Segment{walk, 0}, scratch.sums);
+  kernel.run(Segment{walk, 0}, scratch.sums, ahead);
   for (std::int64_t first = kSegmentTokens; first < walk.task.tokens(); first += kSegmentTokens) {
     const Segment segment{walk, first};
-    kernel.run(segment, scratch.part);
+    kernel.run(segment, scratch.part, ahead);
     merge(scratch.sums, scratch.part, segment.first_seeing_vector(), walk.vectors());
   }
   write_out(walk, scratch.sums);
 }
 
 template <class Kernel>
-void attend_segment(const Walk& walk, std::int64_t first_token, const Scratch& scratch, float* results) {
+void attend_segment(const Walk& walk, std::int64_t first_token, const Scratch& scratch, Ahead ahead, float* results) {
   Kernel kernel(walk, scratch.rest);
-  kernel.run(Segment{walk, first_token}, scratch.part);
+  kernel.run(Segment{walk, first_token}, scratch.part, ahead);
   std::copy_n(scratch.part.data, walk.vectors() * result_floats(walk.head_dim()), results);
 }
 
 // `first_vector`: of the walk, among the vectors of the piece.
 template <class Kernel>
-void attend_piece(const AttendPiece& piece, const Walk& walk, std::int64_t first_vector, const Scratch& scratch) {
+void attend_piece(const AttendPiece& piece, const Walk& walk, std::int64_t first_vector, const Scratch& scratch,
+                  const Ahead& ahead) {
   if (piece.segment == kAllSegments) {
-    attend_all<Kernel>(walk, scratch);
+    attend_all<Kernel>(walk, scratch, ahead);
   } else if (piece.segment < walk.task.segments()) {
     const std::int64_t vector = walk.kv_head * piece.task.rows * walk.group() + first_vector;
     float* results = piece.results + vector * result_floats(walk.head_dim());
-    attend_segment<Kernel>(walk, piece.segment * kSegmentTokens, scratch, results);
+    attend_segment<Kernel>(walk, piece.segment * kSegmentTokens, scratch, ahead, results);
   }
 }
 
@@ -149,13 +192,17 @@ void attend_pieces(const AttendArgs& args, std::int64_t begin, std::int64_t end,
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const AttendPiece& piece = args.pieces[unit / args.kv.kv_heads];
     const Walk walk{args, piece.task, unit % args.kv.kv_heads};
+    const bool is_last = (unit / args.kv.kv_heads + 1) * args.kv.kv_heads >= end;
+    const AttendPiece& next = is_last ? piece : (&piece)[1];
+    const Walk next_walk{args, next.task, walk.kv_head};
+    const Ahead ahead = is_last ? Ahead() : Ahead(next_walk, next.segment);
     if (piece.task.rows == 1 || !Kernel::must_part_rows(walk)) {
-      attend_piece<Kernel>(piece, walk, 0, scratch);
+      attend_piece<Kernel>(piece, walk, 0, scratch, ahead);
       continue;
     }
     for (std::int32_t row = 0; row < piece.task.rows; ++row) {
       const AttendTask task = piece.task.row(row);
-      attend_piece<Kernel>(piece, Walk{args, task, walk.kv_head}, row * walk.group(), scratch);
+      attend_piece<Kernel>(piece, Walk{args, task, walk.kv_head}, row * walk.group(), scratch, ahead);
     }
   }
 }
