@@ -56,8 +56,8 @@ class Orchestrator:
 
 EPOCH_ZERO_UNIX_S = 1_767_225_600
 EPOCHS_PER_S = 16
-"""Where neither a journal nor a node knows the epochs before, those of a restarted orchestrator still lie above them, if
-the clock went right and attempts started no faster than this on average."""
+"""Where neither a journal nor a node knows the epochs before, those of a restarted orchestrator still lie above them if
+the clock went right, and if attempts started no faster than this on average."""
 
 
 def core_config(bundle: ServedBundle) -> CoreConfig:

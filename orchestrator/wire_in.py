@@ -69,6 +69,9 @@ def events_from_proto(connection: ConnectionId, message: cluster_pb2.NodeMessage
         case "released":
             attempt = attempt_from_proto(message.released.attempt)
             yield events.AttemptReleased(connection=connection, attempt=attempt)
+        case "resumed":
+            attempt = attempt_from_proto(message.resumed.attempt)
+            yield events.AttemptResumed(connection=connection, attempt=attempt)
         case "pipeline_broken":
             broken = message.pipeline_broken
             attempts = tuple(attempt_from_proto(attempt) for attempt in broken.attempts)

@@ -1,6 +1,7 @@
 """Answers that are written on this node, or through it: first waiting for KV, then running, and stalled at worst."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from edgellm.runtime.batching.transcript import Transcript
 from edgellm.runtime.checks import RefusedError, check_known_tokens, check_request
 from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.ledger import BlockLedger
-from edgellm.runtime.kv.types import Attempt, NodeId
+from edgellm.runtime.kv.types import Attempt, KvCopy, NodeId
 from edgellm.runtime.lanes import Lanes
 from edgellm.runtime.messages import Decode
 from edgellm.runtime.stages.messages import StageSegment
@@ -135,6 +136,19 @@ class Answers:
             return None
         self._start(answer)
         return answer
+
+    def check_started(self, attempt: Attempt) -> None:
+        """Raises RefusedError if a resumed answer lacks KV."""
+        answer = self._answers[attempt]
+        if answer.state == "waiting":
+            raise RefusedError("transfer", f"fewer than {answer.needs_tokens} positions of its KV are here")
+
+    def protect(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
+        """Keep these copies, in place of those of the same layers, once the waiting answer starts."""
+        answer = self._answers[attempt]
+        replaced = {copy.target.layers for copy in copies}
+        others = (copy for copy in answer.decode.copies if copy.target.layers not in replaced)
+        answer.decode = replace(answer.decode, copies=(*others, *copies))
 
     def kv_lost(self, attempt: Attempt) -> None:
         """Raises RefusedError if the answer was waiting for it; else the command, when it comes, is refused."""

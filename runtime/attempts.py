@@ -66,13 +66,17 @@ class Attempts:
     # Releases
 
     def release(self, attempt: Attempt) -> None:
-        """It and older attempts are stale; `answered` will name it when their blocks are free."""
+        """It and older attempts are stale; `answered` will name it."""
         self._hear_of(attempt)
         self.fence.close(attempt)
+        self.tell_when_free(attempt)
+
+    def tell_when_free(self, attempt: Attempt) -> None:
+        """`answered` will name it when its blocks are free, and those of older epochs."""
         self._unanswered_releases.append(attempt)
 
     def answered(self, holders: Callable[[], Iterable[Attempt]]) -> list[Attempt]:
-        """Releases of which no block is held any more, by this epoch or an older one; each is named once."""
+        """Attempts of which no block is held any more, by this epoch or an older one; each is named once."""
         if not self._unanswered_releases:
             return []
         oldest: dict[RequestId, int] = {}

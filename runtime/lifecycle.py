@@ -94,6 +94,12 @@ class Lifecycle:
             self.drop(live)
         self.answer_releases()
 
+    def let_go(self, attempt: Attempt) -> None:
+        """Nothing of it is needed here any more. Copies of it may come back, so it is not stale."""
+        self.drop(attempt)
+        self.attempts.tell_when_free(attempt)
+        self.answer_releases()
+
     def drop_everything(self) -> None:
         """Nobody will ask for anything of it."""
         for attempt in self.attempts:
@@ -164,7 +170,7 @@ class Lifecycle:
         self.ledger.drop(attempt)
 
     def answer_releases(self) -> None:
-        """Answer once no block of the request is held any more, by this epoch or an older one."""
+        """Tell once no block of the request is held any more, by this epoch or an older one."""
         for attempt in self.attempts.answered(self.ledger.attempts):
             self.emit(Released(attempt=attempt))
 

@@ -126,6 +126,13 @@ class Released:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """KV of the older attempt is this attempt's, and it goes on here."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, kw_only=True)
 class PipelineBroken:
     """The next stage cannot be reached. Nothing was dropped: the attempts wait for a release, or a resuming Decode."""
 
@@ -151,4 +158,6 @@ class CopyLost:
     message: str
 
 
-Event: TypeAlias = PrefillDone | KvSent | Tokens | RequestFailed | Released | PipelineBroken | KvCopied | CopyLost
+Event: TypeAlias = (
+    PrefillDone | KvSent | Tokens | RequestFailed | Released | Resumed | PipelineBroken | KvCopied | CopyLost
+)

@@ -21,6 +21,7 @@ from edgellm.runtime.messages import (
     PrefillDone,
     Released,
     RequestFailed,
+    Resumed,
     Tokens,
 )
 from edgellm.runtime.node import Node
@@ -117,7 +118,7 @@ class NodeMetrics:
                 self._pipelines_broken.inc()
             case CopyLost():
                 self._copies_lost.inc()
-            case Released() | KvCopied():
+            case Released() | Resumed() | KvCopied():
                 pass
             case _:
                 assert_never(event)

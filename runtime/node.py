@@ -29,6 +29,7 @@ from edgellm.runtime.messages import (
     PrefillDone,
     Protect,
     Release,
+    Resumed,
     Tokens,
 )
 from edgellm.runtime.readings import STAYED, Reading, Readings
@@ -127,8 +128,9 @@ class Node:
             self._attempts.decided(command.attempt)
             self._answers.add(command, now_s)
             self._start_answer(command.attempt)
-            if command.resume_from is not None and self._answers.is_waiting(command.attempt):
-                raise RefusedError("transfer", f"fewer than {command.resume_tokens} positions of its KV are here")
+            if command.resume_from is not None:
+                self._answers.check_started(command.attempt)
+                self._emit(Resumed(attempt=command.attempt))
 
     def hold(self, command: Hold) -> None:
         if not self.lifecycle.admit_command(command.attempt, is_known=False, resume_from=command.resume_from):
@@ -140,8 +142,14 @@ class Node:
         self.report_copies()
 
     def protect(self, command: Protect) -> None:
+        own = self._own(command.copies)
         if self._answers.is_running(command.attempt):
-            self._keep_copies(command.attempt, command.copies)
+            self._exchanges.copies.start(command.attempt, own)
+        elif self._answers.is_waiting(command.attempt):
+            self._answers.protect(command.attempt, own)
+        else:
+            for copy in own:
+                self.copy_lost(command.attempt, copy.target.node_id, copy.target.layers, "no answer runs here")
 
     def release(self, command: Release) -> None:
         self.lifecycle.release(command.attempt)
@@ -248,9 +256,9 @@ class Node:
         self.lifecycle.fail(attempt, error.kind, str(error), error.peer)
 
     def transfers_over(self, attempt: Attempt) -> None:
-        """Nothing more of the prompt is on its way. Copies of it may come back here, so it is not stale."""
+        """Nothing more of the prompt is on its way."""
         if not self._readings.stays(attempt):
-            self.lifecycle.drop(attempt)
+            self.lifecycle.let_go(attempt)
 
     def copy_lost(self, attempt: Attempt, holder: NodeId, layers: range, message: str) -> None:
         """A copy is not kept up any more; the request goes on without."""
@@ -270,12 +278,13 @@ class Node:
     def _start_answer(self, attempt: Attempt) -> None:
         """Let an answer run as soon as its KV is here. Raises RefusedError if too little room was reserved."""
         if (answer := self._answers.start_ready(attempt)) is not None:
-            self._keep_copies(attempt, answer.decode.copies)
+            if own := self._own(answer.decode.copies):
+                self._exchanges.copies.start(attempt, own)
             self._wake()
 
-    def _keep_copies(self, attempt: Attempt, copies: Sequence[KvCopy]) -> None:
-        if own := [copy for copy in copies if copy.source == self.node_id]:
-            self._exchanges.copies.start(attempt, own)
+    def _own(self, copies: Sequence[KvCopy]) -> list[KvCopy]:
+        """Those that this node keeps up."""
+        return [copy for copy in copies if copy.source == self.node_id]
 
     def _plan(self, lane: Lane, now_s: float) -> PlannedStep | None:
         if isinstance(lane, StageLane):

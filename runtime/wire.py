@@ -67,6 +67,8 @@ def event_to_proto(event: messages.Event) -> cluster_pb2.NodeMessage:
             return cluster_pb2.NodeMessage(request_failed=failed)
         case messages.Released(attempt=attempt):
             return cluster_pb2.NodeMessage(released=cluster_pb2.Released(attempt=attempt_to_proto(attempt)))
+        case messages.Resumed(attempt=attempt):
+            return cluster_pb2.NodeMessage(resumed=cluster_pb2.Resumed(attempt=attempt_to_proto(attempt)))
         case messages.PipelineBroken(peer=peer, attempts=attempts):
             broken = cluster_pb2.PipelineBroken(
                 peer_node_id=peer, attempts=[attempt_to_proto(attempt) for attempt in attempts]

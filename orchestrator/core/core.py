@@ -8,6 +8,7 @@ from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
     AttemptReleased,
+    AttemptResumed,
     CopyLost,
     Event,
     HeartbeatReceived,
@@ -75,6 +76,8 @@ def _apply(state: ClusterState, event: Event) -> None:
             on_attempt.attempt_failed(state, event)
         case AttemptReleased():
             on_attempt.attempt_released(state, event)
+        case AttemptResumed():
+            on_attempt.attempt_resumed(state, event)
         case PipelineBroken():
             on_node.pipeline_broken(state, event)
         case KvCopied():

@@ -55,7 +55,7 @@ class PrefillDone:
 
 @dataclass(frozen=True, kw_only=True)
 class KvSent:
-    """Every stage has all KV of the prompt; the prefill node has freed its own, unless it carries or keeps a part."""
+    """Every stage has all KV of the prompt; the prefill node may still be sending copies."""
 
     connection: ConnectionId
     attempt: AttemptId
@@ -81,7 +81,15 @@ class AttemptFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptReleased:
-    """Answer to a release: the node holds nothing of this attempt."""
+    """The node holds nothing of this attempt: it was told to let go, or has read and sent what it only had to read."""
+
+    connection: ConnectionId
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptResumed:
+    """The node has the KV of an attempt that it was told to take over, and goes on."""
 
     connection: ConnectionId
     attempt: AttemptId
@@ -147,6 +155,7 @@ NodeEvent: TypeAlias = (
     | TokenGenerated
     | AttemptFailed
     | AttemptReleased
+    | AttemptResumed
     | PipelineBroken
     | KvCopied
     | CopyLost

@@ -19,7 +19,7 @@ from edgellm.orchestrator.core.values import (
 )
 
 LeaseKind: TypeAlias = Literal["source", "stage", "copy"]
-"""`source`: only reads the prompt, and lets go once its KV is sent."""
+"""`source`: only reads the prompt, and lets go once its KV is sent, also to the holders of copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,11 @@ class Lease:
     """Prompt tokens the node still has to read for it."""
     released_s: float | None = None
     """When the release was sent."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the node lets go in a moment: it was told to, or has read what it only had to read."""
+        return self.released_s is not None or (self.kind == "source" and self.prefill_tokens == 0)
 
 
 @dataclass(kw_only=True)
@@ -114,7 +119,7 @@ class Node:
         lease = self.leases.get(attempt)
         if lease is None:
             lease = Lease(kind="copy", blocks=0, prefill_tokens=0)
-        if lease.released_s is not None or max(0, blocks - lease.blocks) > self.copy_room:
+        if lease.is_ending or max(0, blocks - lease.blocks) > self.copy_room:
             return False
         kind: LeaseKind = "stage" if lease.kind == "stage" else "copy"
         self.leases[attempt] = replace(lease, kind=kind, blocks=max(blocks, lease.blocks))

@@ -115,12 +115,6 @@ class NodeRegistry:
         node = self._alive.get(connection)
         return node is not None and node.mark_released(now_s, attempt)
 
-    def only_reads(self, connection: ConnectionId, attempt: AttemptId) -> bool:
-        """Whether the node lets go of the attempt once the prompt's KV is sent."""
-        node = self._alive.get(connection)
-        lease = node.leases.get(attempt) if node is not None else None
-        return lease is not None and lease.kind == "source"
-
     def names(self, *connections: ConnectionId) -> str:
         """For people: the nodes behind the connections, each once."""
         names = [node.profile.node_id for c in connections if (node := self._alive.get(c))]

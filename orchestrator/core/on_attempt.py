@@ -2,7 +2,14 @@
 
 from dataclasses import replace
 
-from edgellm.orchestrator.core.events import AttemptFailed, AttemptReleased, KvSent, PrefillDone, TokenGenerated
+from edgellm.orchestrator.core.events import (
+    AttemptFailed,
+    AttemptReleased,
+    AttemptResumed,
+    KvSent,
+    PrefillDone,
+    TokenGenerated,
+)
 from edgellm.orchestrator.core.failures import start_decode
 from edgellm.orchestrator.core.pipelines import connections_of
 from edgellm.orchestrator.core.requests import Decoding, Prefilling, Request
@@ -46,8 +53,6 @@ def _start_decode(state: ClusterState, request: Request) -> None:
 
 
 def kv_sent(state: ClusterState, event: KvSent) -> None:
-    if state.nodes.only_reads(event.connection, event.attempt):
-        _let_go(state, event.connection, event.attempt)
     request = state.request_of(event.attempt)
     if request is None or not isinstance(request.phase, Decoding) or request.phase.kv_source != event.connection:
         return
@@ -104,6 +109,14 @@ def _forgo(state: ClusterState, request: Request | None, event: AttemptFailed) -
 def _culprit(state: ClusterState, event: AttemptFailed) -> ConnectionId:
     peer = state.nodes.named(event.peer) if event.peer is not None else None
     return event.connection if peer is None else peer.connection
+
+
+def attempt_resumed(state: ClusterState, event: AttemptResumed) -> None:
+    """KV is restored when the last node of the pipeline has said so."""
+    request = state.request_of(event.attempt)
+    if request is not None and request.needs(event.connection):
+        request.progress_s = state.now_s
+        request.clock.restored(state.now_s)
 
 
 def attempt_released(state: ClusterState, event: AttemptReleased) -> None:

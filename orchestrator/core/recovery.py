@@ -39,7 +39,7 @@ class RecoveryClock:
             self._pause.commanded_s = self._pause.restored_s = now_s
 
     def restored(self, now_s: float) -> None:
-        """The KV is where it is needed; only known tokens may have to be computed again."""
+        """The KV is where it is needed, as far as is heard; only known tokens may have to be computed again."""
         if self._pause is not None:
             self._pause.restored_s = now_s
 

@@ -212,7 +212,7 @@ class RecoveryStats:
     fence_ms: float = 0.0
     """From the decision to the commands; where there is no place to go on, the time until there is one."""
     restore_ms: float = 0.0
-    """Until KV is where it is needed. A copy is there already: then only reading a prompt again takes time."""
+    """Until KV is where it is needed: the prompt was read again, or every node of the pipeline has taken over its."""
     first_token_ms: float = 0.0
 
 

@@ -18,9 +18,6 @@ from edgellm.orchestrator.sim.network import LinkModel, Scale
 from edgellm.orchestrator.sim.outside import Outside, simulated_outside
 from edgellm.orchestrator.sim.story import Story
 
-UNCOUNTED_S = 11.0
-"""A prefill node counts as free when a prompt is where it is needed. Its copy may still be on the way, for as long as a
-transfer may stand still, and stay where it arrives until its lease ends."""
 _UNSCALED = Scale()
 LOOK_S = 0.05
 """How often it is asked whether all is over."""
@@ -66,7 +63,6 @@ class World:
         self._check = check
         self._core: Core | None = None
         self._customers = Process(name="clients", pid=1)
-        self._uncounted_since_s: dict[Process, dict[AttemptId, float]] = {}
         self._is_over = False
 
     @property
@@ -105,7 +101,7 @@ class World:
             running.driver.core = self._core = WatchedCore(self._core, self._check_nodes)
 
     def _check_nodes(self, event: Event) -> None:
-        """What a node holds, the core counts as used there."""
+        """What a node holds, the core counts as used there; at a takeover under the new epoch before the node does."""
         assert self._core is not None
         nodes = self._core.state.nodes
         connection = getattr(event, "connection", None)
@@ -118,13 +114,10 @@ class World:
         if node.process is None or node.process.pid != pid or node.server is None:
             return
         node.server.ledger.check_integrity()
-        held = {AttemptId(request_id=RequestId(a.request_id), epoch=a.epoch) for a in node.server.ledger.attempts()}
-        since_s = self._uncounted_since_s.get(node.process, {})
-        uncounted = {attempt: since_s.get(attempt, self.loop.time()) for attempt in held - leases.keys()}
-        self._uncounted_since_s[node.process] = uncounted
-        for attempt, seen_s in uncounted.items():
-            if self.loop.time() - seen_s > UNCOUNTED_S and not node.process.paused:
-                raise SimulationError(f"{name} holds {attempt} for {UNCOUNTED_S} s, which the core counts as free")
+        counted = {lease.request_id: lease.epoch for lease in sorted(leases, key=lambda lease: lease.epoch)}
+        for held in node.server.ledger.attempts():
+            if held.epoch > counted.get(RequestId(held.request_id), -1):
+                raise SimulationError(f"{name} holds {held}, which the core counts as free")
 
     def _client_ended(self, task: "asyncio.Task[None]") -> None:
         error = task.exception()

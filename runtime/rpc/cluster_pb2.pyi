@@ -63,6 +63,7 @@ class NodeMessage(_message.Message):
     PIPELINE_BROKEN_FIELD_NUMBER: _builtins.int
     KV_COPIED_FIELD_NUMBER: _builtins.int
     COPY_LOST_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -83,6 +84,8 @@ class NodeMessage(_message.Message):
     def kv_copied(self) -> Global___KvCopied: ...
     @_builtins.property
     def copy_lost(self) -> Global___CopyLost: ...
+    @_builtins.property
+    def resumed(self) -> Global___Resumed: ...
     def __init__(
         self,
         *,
@@ -96,12 +99,13 @@ class NodeMessage(_message.Message):
         pipeline_broken: Global___PipelineBroken | None = ...,
         kv_copied: Global___KvCopied | None = ...,
         copy_lost: Global___CopyLost | None = ...,
+        resumed: Global___Resumed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_lost", b"copy_lost", "heartbeat", b"heartbeat", "hello", b"hello", "kv_copied", b"kv_copied", "kv_sent", b"kv_sent", "message", b"message", "pipeline_broken", b"pipeline_broken", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_lost", b"copy_lost", "heartbeat", b"heartbeat", "hello", b"hello", "kv_copied", b"kv_copied", "kv_sent", b"kv_sent", "message", b"message", "pipeline_broken", b"pipeline_broken", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "resumed", b"resumed", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_lost", b"copy_lost", "heartbeat", b"heartbeat", "hello", b"hello", "kv_copied", b"kv_copied", "kv_sent", b"kv_sent", "message", b"message", "pipeline_broken", b"pipeline_broken", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_lost", b"copy_lost", "heartbeat", b"heartbeat", "hello", b"hello", "kv_copied", b"kv_copied", "kv_sent", b"kv_sent", "message", b"message", "pipeline_broken", b"pipeline_broken", "prefill_done", b"prefill_done", "released", b"released", "request_failed", b"request_failed", "resumed", b"resumed", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "prefill_done", "kv_sent", "tokens", "request_failed", "released", "pipeline_broken", "kv_copied", "copy_lost"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "prefill_done", "kv_sent", "tokens", "request_failed", "released", "pipeline_broken", "kv_copied", "copy_lost", "resumed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -805,7 +809,7 @@ Global___SampledToken: _TypeAlias = SampledToken  # noqa: Y015
 @_typing.final
 class KvSent(_message.Message):
     """All targets but backups have installed and acknowledged the prompt's KV. The prefill node frees its own when nothing
-    is on its way to backups any more.
+    is on its way to backups any more, and says so by Released.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -908,6 +912,8 @@ Global___RequestFailed: _TypeAlias = RequestFailed  # noqa: Y015
 
 @_typing.final
 class Released(_message.Message):
+    """This node holds nothing of the request up to this epoch: the answer to Release, or after a prompt was read for others."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
@@ -925,6 +931,28 @@ class Released(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Released: _TypeAlias = Released  # noqa: Y015
+
+@_typing.final
+class Resumed(_message.Message):
+    """The answer to a Decode with `resume_from`: what this node holds is the new attempt's, and it goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> Global___Attempt: ...
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resumed: _TypeAlias = Resumed  # noqa: Y015
 
 @_typing.final
 class PipelineBroken(_message.Message):

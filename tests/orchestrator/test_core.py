@@ -21,6 +21,7 @@ from edgellm.orchestrator.core.config import CoreConfigError
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
+    AttemptReleased,
     HeartbeatReceived,
     KvSent,
     NodeJoined,
@@ -118,6 +119,9 @@ def test_a_request_goes_through():
     decode = the(StartDecode, commands)
     assert (decode.connection, decode.generated) == (D0, (7,))
     story.happens(KvSent(connection=P0, attempt=start.attempt, transfer=KvTransfer(transport="shm", bytes=9)))
+    assert start.attempt in story.core.state.nodes.get(P0).leases, "copies may still be on their way"
+    story.happens(AttemptReleased(connection=P0, attempt=start.attempt))
+    assert not story.core.state.nodes.get(P0).leases
     for index in (1, 2, 3):
         story.happens(token(decode, index))
     finish = the(FinishRequest, story.happens(token(decode, 4, finish="length")))

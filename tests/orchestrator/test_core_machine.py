@@ -24,6 +24,7 @@ from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
     AttemptReleased,
+    AttemptResumed,
     CopyLost,
     HeartbeatReceived,
     KvCopied,
@@ -310,6 +311,11 @@ class AnyOrder(RuleBasedStateMachine):
     def released(self, data):
         connection, attempt = data.draw(st.sampled_from(self.attempts[-6:]))
         self.handle(AttemptReleased(connection=connection, attempt=attempt))
+
+    @rule(data=st.data())
+    def resumed(self, data):
+        connection, attempt = data.draw(st.sampled_from(self.attempts[-6:]))
+        self.handle(AttemptResumed(connection=connection, attempt=attempt))
 
     @invariant()
     def books_add_up(self):

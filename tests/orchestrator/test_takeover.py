@@ -22,6 +22,7 @@ from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
     AttemptReleased,
+    AttemptResumed,
     CopyLost,
     HeartbeatReceived,
     KvCopied,
@@ -134,6 +135,8 @@ class Cluster:
         done = PrefillDone(connection=start.connection, attempt=start.attempt, first_token=first, prefill_ms=1.0)
         commands = self.happens(done)
         self.happens(KvSent(connection=start.connection, attempt=start.attempt, transfer=KvTransfer()))
+        if self.core.state.nodes.get(start.connection).leases[start.attempt].kind == "source":
+            self.happens(AttemptReleased(connection=start.connection, attempt=start.attempt))
         return all_of(StartDecode, commands)
 
     def decode(self, tokens=5, copied=None):
@@ -481,12 +484,15 @@ def test_recovery_is_told_in_parts_that_add_up():
     cluster.passes(0.1, PREFILL, D0, D1, SPARE)
     cluster.now_s += 0.03
     cluster.dies(D1)
-    cluster.now_s += 0.02
+    for seconds, connection in ((0.004, SPARE), (0.003, D0)):
+        cluster.now_s += seconds
+        cluster.happens(AttemptResumed(connection=connection, attempt=cluster.attempt))
+    cluster.now_s += 0.013
     cluster.generate(5)
     recovery = cluster.request.stats(cluster.now_s).recovery
-    assert recovery.detect_ms == pytest.approx(30)
-    assert (recovery.fence_ms, recovery.restore_ms) == (0.0, 0.0)
-    assert recovery.first_token_ms == pytest.approx(20)
+    assert (recovery.detect_ms, recovery.fence_ms) == (pytest.approx(30), 0.0)
+    assert recovery.restore_ms == pytest.approx(7)
+    assert recovery.first_token_ms == pytest.approx(13)
     assert recovery.total_ms == pytest.approx(50)
 
 

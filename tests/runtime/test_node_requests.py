@@ -31,6 +31,8 @@ def test_remote_prefill_gives_the_tokens_of_one_engine(allow_shm, prompt_tokens)
         assert sent.transfer.codec == "raw"
         assert sent.transfer.bytes == prompt_tokens * reader.joined.hello.kv_bytes_per_token
         assert 1 <= sent.transfer.chunks <= -(-prompt_tokens // 64)
+        await reader.joined.wait_for("Released", "r")
+        assert reader.server.ledger.attempts() == []
 
     cluster(test, allow_shm=allow_shm)
 

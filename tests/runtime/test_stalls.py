@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from edgellm.runtime.attempts import Attempts
 from edgellm.runtime.kv.types import Attempt, RequestId
 from edgellm.runtime.rpc import cluster_pb2
-from tests.runtime.conftest import attempt, eventually, orchestrating, random_prompt, staged_answer
+from tests.runtime.conftest import attempt, decode, eventually, generation, orchestrating, random_prompt, staged_answer
 from tests.runtime.takeover import Nodes, Part, Request, on_nodes
 
 CUT, MAX_TOKENS, PROMPT = (2, 1), 60, random_prompt(70)
@@ -144,5 +144,34 @@ def test_an_answer_outlives_its_orchestrator():
             assert (request.tokens, request.failures()) == (expected, [])
             del nodes.running["reader"]
             await request.release()
+
+    on_nodes(test, ROLES)
+
+
+def test_copies_that_are_asked_for_before_an_answer_starts_are_kept():
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        parts = [Part(FRONT, "first"), Part(BACK, "last")]
+        early = decode("r", PROMPT, generation(MAX_TOKENS), [staged_answer(CUT, PROMPT, 1)[0]])
+        early.stages.extend(nodes.stage(part) for part in parts)
+        for part in parts:
+            nodes.running[part.carrier].joined.send(decode=early)
+        request.protect([Part(FRONT, "first", "last"), Part(BACK, "last", "first")])
+        await request.begin("reader", request.parts)
+        await request.protected(tokens=len(PROMPT) + 4)
+        await request.read_tokens(MAX_TOKENS)
+        assert (request.tokens, request.failures()) == (staged_answer(CUT, PROMPT, MAX_TOKENS), [])
+        await request.release()
+
+    on_nodes(test, ROLES)
+
+
+def test_a_copy_of_what_does_not_run_here_is_refused_aloud():
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        request.protect([Part(FRONT, "first", "last")])
+        await eventually(lambda: copies_lost(nodes, "first"))
+        [lost] = copies_lost(nodes, "first")
+        assert (lost.holder_node_id, lost.message) == ("last", "no answer runs here")
 
     on_nodes(test, ROLES)
