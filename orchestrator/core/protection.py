@@ -10,7 +10,7 @@ from edgellm.orchestrator.core.pipelines import Pipeline, Stage, connections_of,
 from edgellm.orchestrator.core.requests import Decoding, Request
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.takeover import Copy
-from edgellm.orchestrator.core.values import AttemptId, ConnectionId, HeldKv
+from edgellm.orchestrator.core.values import AttemptId, ConnectionId, Layers
 
 
 def choose_copies(state: ClusterState, request: Request, attempt: AttemptId, pipeline: Pipeline) -> Iterator[Copy]:
@@ -85,16 +85,18 @@ def _give_up_late_copies(state: ClusterState) -> None:
 
 
 def kv_copied(state: ClusterState, event: KvCopied) -> None:
+    """What a holder claims beyond the answer's room is not believed."""
     for held in event.copies:
         request = state.request_of(held.attempt)
         if request is not None:
-            request.copies = tuple(_grown(copy, event.connection, held) for copy in request.copies)
+            tokens = min(held.tokens, request.capacity_tokens)
+            request.copies = tuple(_grown(copy, event.connection, held.layers, tokens) for copy in request.copies)
 
 
-def _grown(copy: Copy, holder: ConnectionId, held: HeldKv) -> Copy:
-    if copy.holder != holder or copy.layers not in held.layers:
+def _grown(copy: Copy, holder: ConnectionId, layers: Layers, tokens: int) -> Copy:
+    if copy.holder != holder or copy.layers not in layers:
         return copy
-    return replace(copy, tokens=max(copy.tokens, held.tokens))
+    return replace(copy, tokens=max(copy.tokens, tokens))
 
 
 def copy_lost(state: ClusterState, event: CopyLost) -> None:
