@@ -167,7 +167,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.last_connection += 1
         connection = ConnectionId(self.last_connection)
         self.names[connection] = NodeId(name)
-        self.holdings.by_node[name] = set()
+        before, self.holdings.by_node[name] = self.holdings.by_node.get(name, set()), set()
         held = []
         if data.draw(st.booleans()):
             _, attempt = data.draw(st.sampled_from(self.attempts[-6:]))
@@ -176,6 +176,8 @@ class AnyOrder(RuleBasedStateMachine):
                 if layers in held[0].layers:
                     self.holdings.hold(name, attempt, layers)
         self.handle(NodeJoined(connection=connection, profile=self.profile(name, pid), held=tuple(held)))
+        if connection in self.dead:
+            self.holdings.by_node[name] = before
         return connection
 
     def profile(self, name, pid):
