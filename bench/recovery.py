@@ -57,7 +57,9 @@ class Reader(threading.Thread):
             with self._cluster.client() as stub:
                 for event in events(stub, self._request):
                     match event:
-                        case api.Token(token_id=token_id):
+                        case api.Token(token_id=token_id, index=index):
+                            if index != len(self.token_ids):
+                                raise ClientError(f"token {index} came where {len(self.token_ids)} was due")
                             self.token_ids.append(token_id)
                             self.arrivals_s.append(time.perf_counter())
                         case api.Finished():
@@ -113,20 +115,30 @@ def pauses_of(readers: Sequence[Reader], failed_s: float) -> list[Pause]:
     return [reader.pause(failed_s) for reader in readers]
 
 
-def pauses_of_new_readers(cluster: ProcessCluster, readers: Sequence[Reader], failed_s: float) -> list[Pause]:
+def again(cluster: ProcessCluster, readers: Sequence[Reader], failed_s: float) -> tuple[list[Reader], list[Pause]]:
     """Every reader's client asks anew, and waits until it has one token more than it had."""
     had = [len(reader.token_ids) for reader in readers]
     max_tokens = max(had) + AFTER
-    again = [Reader(cluster, f"{reader.name}-again", reader.prompt, max_tokens) for reader in readers]
-    for before, reader in zip(readers, again, strict=True):
+    new = [Reader(cluster, f"{reader.name}-again", reader.prompt, max_tokens) for reader in readers]
+    for before, reader in zip(readers, new, strict=True):
         before.cancel()
         reader.start()
-    for count, reader in zip(had, again, strict=True):
+    for count, reader in zip(had, new, strict=True):
         wait_until([reader], lambda reader, count=count: len(reader.token_ids) > count)  # type: ignore[misc]
-    end_readers([*readers, *again])
-    return [
-        Pause(pause_ms=1e3 * (reader.arrivals_s[count] - failed_s)) for count, reader in zip(had, again, strict=True)
+    end_readers([*readers, *new])
+    pauses = [
+        Pause(pause_ms=1e3 * (reader.arrivals_s[count] - failed_s)) for count, reader in zip(had, new, strict=True)
     ]
+    return new, pauses
+
+
+def wait_until_finished(readers: Sequence[Reader]) -> None:
+    """Raises ValueError like `wait_until`, and for an answer that ended otherwise than by its length."""
+    wait_until(readers, lambda reader: reader.finished.reason != api.FINISH_REASON_UNSPECIFIED)
+    for reader in readers:
+        reader.join()
+        if reader.finished.reason != api.FINISH_REASON_LENGTH:
+            raise ValueError(f"{reader.name} ended otherwise than by its length: {reader.finished.message}")
 
 
 def wait_until(readers: Sequence[Reader], holds: Callable[[Reader], bool]) -> None:

@@ -7,6 +7,7 @@ import msgspec
 from bench.rounding import RoundedWeights
 from edgellm.builder.checkpoint import open_checkpoint
 from edgellm.builder.models import build_graph
+from edgellm.builder.plan import PREFILL_ROWS
 from edgellm.calib.recipe import QuantizeOptions, quantized_graph
 from edgellm.engines.cpu.compiler import compile_engine
 from edgellm.engines.kv import KvContract
@@ -15,7 +16,7 @@ from edgellm.engines.spec import EngineLimits
 
 LIMITS = {
     "int4": EngineLimits(max_rows=64, max_sequences=32, max_seq_len=8192),
-    "half": EngineLimits(max_rows=2048, max_sequences=1, max_seq_len=8192),
+    "half": EngineLimits(max_rows=PREFILL_ROWS, max_sequences=1, max_seq_len=8192),
 }
 """The phases that the two engines of a bundle serve: many sequences of one row, one sequence of many rows."""
 

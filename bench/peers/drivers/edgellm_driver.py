@@ -1,5 +1,6 @@
 """EdgeLLM's own CPU engine, under the same rules as its peers. Its KV is filled with random numbers, not by prompts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,23 @@ class EdgellmRunner:
         self._filled = 0
 
     def prefill(self, tokens: int) -> float:
-        blocks = self._engine.kv.contract.blocks_for(tokens)
-        batch = self._batch(1, blocks, 0, random_tokens(tokens, self._engine.spec.vocab_size))
-        return seconds_of(lambda: self._likeliest(batch))
+        prompt = random_tokens(tokens, self._engine.spec.vocab_size)
+        return seconds_of(lambda: self._read(prompt))
 
     def decode(self, batch: int, context: int, steps: int) -> float:
         blocks = self._engine.kv.contract.blocks_for(context + steps)
         self._fill(batch * blocks)
         return seconds_of(lambda: self._steps(batch, blocks, range(context, context + steps)))
+
+    def _read(self, prompt: list[int]) -> None:
+        """In the largest steps that the engine takes; logits of the last token only."""
+        blocks, rows = self._engine.kv.contract.blocks_for(len(prompt)), self._engine.spec.limits.max_rows
+        for start in range(0, len(prompt), rows):
+            batch = self._batch(1, blocks, start, prompt[start : start + rows])
+            if start + rows < len(prompt):
+                self._engine.forward(replace(batch, logit_rows=np.empty(0, np.int32)))
+            else:
+                self._likeliest(batch)
 
     def _steps(self, sequences: int, blocks: int, positions: range) -> None:
         tokens: npt.NDArray[np.intp] | list[int] = [1] * sequences

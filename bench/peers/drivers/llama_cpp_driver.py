@@ -9,28 +9,37 @@ import numpy as np
 from driver_protocol import Runner, random_tokens, seconds_of, serve
 
 PROMPT_BATCH = 2048
+ROOM_TOKENS = 256
+"""llama.cpp rounds a sequence's room up to this."""
 
 
 class LlamaCppRunner:
-    """After each run the tokens past the context are removed from the cache again."""
+    """A context for each kind of run, since sequences that share no prompt are fastest with a cache of their own each.
+
+    After each run of decoding the tokens past the context are removed from the cache again.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(job["model"].encode(), _model_parameters())
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {job['model']}")
-        self._context = llama_cpp.llama_init_from_model(self._model, _context_parameters(job))
-        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._threads = job["threads"]
+        self._context: Any = None
+        self._memory: Any = None
+        self._room = (0, 0)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch = llama_cpp.llama_batch_init(PROMPT_BATCH, 0, 1)
         self._filled: tuple[int, int] | None = None
 
     def prefill(self, tokens: int) -> float:
+        self._make_room(1, tokens)
         self._clear()
         prompt = random_tokens(tokens, self._vocab_size)
         return seconds_of(lambda: self._read(0, prompt))
 
     def decode(self, batch: int, context: int, steps: int) -> float:
+        self._make_room(batch, context + steps)
         if self._filled != (batch, context):
             self._clear()
             for sequence in range(batch):
@@ -40,6 +49,18 @@ class LlamaCppRunner:
         for sequence in range(batch):
             llama_cpp.llama_memory_seq_rm(self._memory, sequence, context, -1)
         return seconds
+
+    def _make_room(self, sequences: int, tokens: int) -> None:
+        """For so many sequences of so many tokens each."""
+        room = (sequences, -(-tokens // ROOM_TOKENS) * ROOM_TOKENS)
+        if room == self._room:
+            return
+        if self._context is not None:
+            llama_cpp.llama_free(self._context)
+        self._context = llama_cpp.llama_init_from_model(self._model, _context_parameters(*room, self._threads))
+        if not self._context:
+            raise ValueError(f"llama.cpp has no room for {room[0]} sequences of {room[1]} tokens")
+        self._memory, self._room, self._filled = llama_cpp.llama_get_memory(self._context), room, None
 
     def _clear(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, True)
@@ -84,13 +105,12 @@ def _model_parameters() -> Any:
     return llama_cpp.llama_model_default_params()
 
 
-def _context_parameters(job: dict[str, Any]) -> Any:
+def _context_parameters(sequences: int, tokens: int, threads: int) -> Any:
     parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = job["kv_tokens"]
+    parameters.n_ctx = sequences * tokens
     parameters.n_batch = PROMPT_BATCH
-    parameters.n_seq_max = job["max_batch"]
-    parameters.kv_unified = True
-    parameters.n_threads = parameters.n_threads_batch = job["threads"]
+    parameters.n_seq_max = sequences
+    parameters.n_threads = parameters.n_threads_batch = threads
     return parameters
 
 
