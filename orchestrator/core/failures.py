@@ -11,6 +11,9 @@ from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.takeover import RecoveryCost, Takeover, plan_takeover
 from edgellm.orchestrator.core.values import AttemptId, ConnectionId
 
+FAR_SLOWER = 2.0
+"""Times as long for a step: only then is it asked whether reading the prompt again would be sooner."""
+
 
 def give_up_node(state: ClusterState, node: Node, reason: str) -> None:
     """Fence off a node whose stream is still there."""
@@ -40,7 +43,7 @@ def go_on_without(
 ) -> bool:
     """Fence the attempt and go on: True if from copies, False if the prompt has to be read again."""
     takeover = plan_for(state, request, lost)
-    if takeover is None or request.attempts >= state.config.max_attempts or not _is_sooner(state, request, takeover):
+    if takeover is None or request.attempts >= state.config.max_attempts or _is_worse(state, request, takeover):
         avoid = next(iter(lost), None)
         state.try_elsewhere(request, avoid, why, last_sign_s=last_sign_s)
         return False
@@ -104,21 +107,21 @@ def start_decode(
     )
 
 
-def _is_sooner(state: ClusterState, request: Request, takeover: Takeover) -> bool:
-    """Whether restoring is predicted to end no later than reading the prompt again on a pipeline for new requests.
-
-    It nearly always does; not where it would go on at a far slower device for long.
-    """
+def _is_worse(state: ClusterState, request: Request, takeover: Takeover) -> bool:
+    """Whether it would go on at a far slower device for so long that reading the prompt again is predicted to end
+    sooner, on a pipeline for new requests. Nearer speeds are mostly chance, and copies spare everybody the reading."""
     nodes, cut = state.nodes, state.config.cut
     readers = [node for node in nodes.ready() if node.can_prefill(state.config.num_layers)]
     speed = sum(node.load.prefill_tokens_per_s for node in readers)
     steps = [_step_s(state, pipeline) for pipeline in form_pipelines(nodes.carriers(cut), cut)]
     if speed == 0 or not steps:
-        return True
-    cost = RecoveryCost(prefill_tokens_per_s=speed, waiting_tokens=sum(node.prefill_tokens for node in readers))
+        return False
+    step_s, best_step_s = _step_s(state, takeover.pipeline), min(steps)
+    waiting = sum(node.prefill_tokens for node in readers) + sum(len(other.spec.prompt) for other in state.waiting())
+    cost = RecoveryCost(prefill_tokens_per_s=speed, waiting_tokens=waiting)
     progress = request.progress()
-    restore_s = cost.restore_s(takeover, progress, _step_s(state, takeover.pipeline))
-    return restore_s <= cost.recompute_s(progress, min(steps))
+    is_sooner = cost.recompute_s(progress, best_step_s) < cost.restore_s(takeover, progress, step_s)
+    return step_s >= FAR_SLOWER * best_step_s and is_sooner
 
 
 def _step_s(state: ClusterState, pipeline: Pipeline) -> float:

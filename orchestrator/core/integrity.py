@@ -75,6 +75,8 @@ def _check_node(state: ClusterState, node: Node) -> None:
     for attempt, lease in node.leases.items():
         if lease.released_s is None and not _is_current(state, attempt):
             raise IntegrityError(f"{attempt} ended, and {name} was never told to release it")
+    for part in node.held:
+        _require_lease(node, part.attempt)
 
 
 def _is_current(state: ClusterState, attempt: AttemptId) -> bool:

@@ -53,7 +53,7 @@ class Node:
     load: NodeLoad = field(default_factory=NodeLoad)
     leases: dict[AttemptId, Lease] = field(default_factory=dict)
     held: tuple[HeldKv, ...] = ()
-    """What its process brought along from an earlier orchestrator, as long as requests wait to hear of it."""
+    """What its process brought along from an earlier orchestrator; each has a lease that is not released."""
     suspect_until_s: float = -math.inf
     """A peer could not reach it."""
     unreachable_until_s: float = -math.inf
@@ -132,8 +132,14 @@ class Node:
 
     def rename(self, before: AttemptId, after: AttemptId, kind: LeaseKind) -> None:
         """What was held for an attempt is held for the one that takes it over."""
-        lease = self.leases.pop(before)
+        lease = self.leases[before]
+        self.end_lease(before)
         self.leases[after] = replace(lease, kind=kind, prefill_tokens=0, released_s=None)
+
+    def end_lease(self, attempt: AttemptId) -> bool:
+        """It holds nothing of the attempt any more; False if it was not to."""
+        self._forget_held(attempt)
+        return self.leases.pop(attempt, None) is not None
 
     def mark_released(self, now_s: float, attempt: AttemptId) -> bool:
         """Note that a release goes out now; False if there is nothing to release, or it was sent before."""
@@ -141,7 +147,11 @@ class Node:
         if lease is None or lease.released_s is not None:
             return False
         self.leases[attempt] = replace(lease, released_s=now_s, prefill_tokens=0)
+        self._forget_held(attempt)
         return True
+
+    def _forget_held(self, attempt: AttemptId) -> None:
+        self.held = tuple(part for part in self.held if part.attempt != attempt)
 
     @property
     def prefill_tokens(self) -> int:

@@ -64,6 +64,7 @@ class NodeRegistry:
         node.state = "dead"
         self._orphans.setdefault(node.profile.node_id, set()).update(node.leases)
         node.leases.clear()
+        node.held = ()
         del self._alive[node.connection]
 
     def lease_orphans(self, now_s: float, node: Node) -> list[AttemptId]:

@@ -30,13 +30,13 @@ def _recovered(state: ClusterState, recovered: RecoveredRequest) -> Request:
 
 
 def lease_held(state: ClusterState, node: Node, held: Sequence[HeldKv]) -> None:
-    """Count what a process brought along; what nobody waits for it has to release."""
-    for attempt in dict.fromkeys(part.attempt for part in held):
+    """Count what a process brought along; what nobody waits for it has to release, if it was not told already."""
+    for attempt in dict.fromkeys(part.attempt for part in held if part.attempt not in node.leases):
         parts = tuple(part for part in held if part.attempt == attempt)
         request = state.requests.get(attempt.request_id)
         if request is not None and isinstance(request.phase, Recovering):
             node.bring_along(attempt, parts, state.config.blocks_for(request.capacity_tokens))
-        elif attempt not in node.leases:
+        else:
             node.bring_along(attempt, parts, state.config.blocks_for(max(part.tokens for part in parts)))
             state.release_on(node.connection, attempt)
 
@@ -90,5 +90,5 @@ def _parts(state: ClusterState, attempt: AttemptId) -> Iterator[Part]:
     for node in state.nodes.alive():
         home = node.carrier(state.config.cut).home
         for part in node.held:
-            if part.attempt == attempt and attempt in node.leases:
+            if part.attempt == attempt:
                 yield Part(connection=node.connection, layers=part.layers, tokens=part.tokens, home=home)

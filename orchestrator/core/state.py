@@ -48,7 +48,7 @@ class ClusterState:
     def let_go(self, connection: ConnectionId, attempt: AttemptId) -> None:
         """The node is known to hold nothing of the attempt any more."""
         node = self.nodes.get(connection)
-        if node is not None and node.leases.pop(attempt, None) is not None:
+        if node is not None and node.end_lease(attempt):
             self.may_place = True
 
     def release(self, request: Request) -> None:

@@ -77,10 +77,10 @@ def engine(phase, layers, *, planned):
 
 
 def profile(name, *, blocks=64, prefill_decodes=False, pid=1):
-    """`p` reads, `d0` and `d1` were started for the stages, any other name is a spare; all have all stages' engines."""
+    """`p` reads, `d0` to `d3` were started for the stages in turn, any other is a spare; all have all engines."""
     role = "prefill" if name == "p" else "decode"
     base = simulated_profile(name, role, device_class="cpu-local", kv_blocks=blocks, kv_bytes_per_token=64)
-    planned = {"d0": FRONT, "d1": BACK}.get(name, FRONT)
+    planned = {"d0": FRONT, "d1": BACK, "d2": FRONT, "d3": BACK}.get(name, FRONT)
     stages = [engine("decode", layers, planned=role == "decode" and layers == planned) for layers in CUT]
     half = engine("prefill", Layers(0, 4), planned=role == "prefill")
     engines = (half, *stages) if role == "decode" or prefill_decodes else (half,)
@@ -88,11 +88,12 @@ def profile(name, *, blocks=64, prefill_decodes=False, pid=1):
 
 
 class Cluster:
-    """A core of two stages, and one request that has been brought to decoding."""
+    """A core of two stages, and a request, by `name`, that has been brought to decoding."""
 
     def __init__(self, *connections, prefill_decodes=False, **bounds):
         self.core = Core(simulated_config(stages=CUT, **bounds), DualPool())
         self.now_s = 0.0
+        self.name = RequestId("r")
         for connection in connections:
             self.join(connection, prefill_decodes=prefill_decodes)
 
@@ -116,7 +117,7 @@ class Cluster:
 
     @property
     def request(self):
-        return self.core.state.requests[RequestId("r")]
+        return self.core.state.requests[self.name]
 
     @property
     def attempt(self):
@@ -126,7 +127,7 @@ class Cluster:
         return tuple(stage.connection for stage in self.request.phase.pipeline)
 
     def submit(self, max_tokens=20):
-        spec = RequestSpec(request_id=RequestId("r"), prompt=PROMPT, generation=Generation(max_tokens=max_tokens))
+        spec = RequestSpec(request_id=self.name, prompt=PROMPT, generation=Generation(max_tokens=max_tokens))
         return the(StartPrefill, self.happens(RequestSubmitted(spec=spec)))
 
     def read(self, start):
@@ -278,6 +279,35 @@ def test_a_copy_that_does_not_reach_the_end_of_the_prompt_restores_nothing():
     assert [(t.node_id, t.backup) for t in start.targets if not t.backup] == [("d0", False), ("spare", False)]
 
 
+D2, D3 = ConnectionId(10), ConnectionId(11)
+
+
+def choose_between_copies_and_reading(spare_step_ms, prefill_tokens_per_s):
+    """Two requests are on d0 and d1, their copies on the spare; d1 dies, and new requests would go to d0 and d3."""
+    cluster = Cluster(PREFILL, D0, D1, SPARE)
+    for name in ("r", "s"):
+        cluster.name = RequestId(name)
+        cluster.decode(tokens=4)
+    cluster.join(D2, "d2")
+    cluster.join(D3, "d3")
+    steps_ms = {PREFILL: 0.0, D0: 10.0, D1: 10.0, D2: 10.0, D3: 10.0, SPARE: spare_step_ms}
+    for connection, step_ms in steps_ms.items():
+        speed = prefill_tokens_per_s if connection == PREFILL else 0.0
+        load = NodeLoad(decode_step_ms=step_ms, prefill_tokens_per_s=speed)
+        cluster.happens(HeartbeatReceived(connection=connection, load=load))
+    restored = all_of(StartDecode, cluster.dies(D1))
+    return [attempt.request_id for attempt in dict.fromkeys(decode.attempt for decode in restored)]
+
+
+def test_copies_are_used_unless_they_are_on_a_far_slower_device():
+    assert choose_between_copies_and_reading(spare_step_ms=25.0, prefill_tokens_per_s=1e4) == ["r", "s"]
+    assert choose_between_copies_and_reading(spare_step_ms=40.0, prefill_tokens_per_s=1e4) == []
+
+
+def test_prompts_that_were_just_queued_again_are_read_before():
+    assert choose_between_copies_and_reading(spare_step_ms=40.0, prefill_tokens_per_s=100.0) == ["s"]
+
+
 def test_a_second_death_before_the_first_replay_counts_only_what_survived_the_first():
     cluster = Cluster(PREFILL, D0, D1, SPARE)
     cluster.decode(tokens=8, copied=42)
@@ -411,6 +441,14 @@ def test_a_broken_pipeline_waits_a_moment_for_the_death_that_explains_it():
     cluster.now_s += 0.02
     assert [d.connection for d in all_of(StartDecode, cluster.dies(D1))] == [D0, SPARE]
     assert cluster.request.stats(cluster.now_s).takeovers == 1
+
+
+def test_a_broken_pipeline_of_what_has_ended_makes_nobody_suspect():
+    cluster = Cluster(PREFILL, D0, D1, SPARE)
+    cluster.decode(tokens=4)
+    ended = replace(cluster.attempt, epoch=cluster.attempt.epoch - 1)
+    cluster.happens(PipelineBroken(connection=D0, peer=NodeId("d1"), attempts=(ended,)))
+    assert cluster.core.state.nodes.get(D1).state == "ready"
 
 
 def test_a_node_out_of_reach_of_its_peer_is_gone_round_and_gets_nothing_new_for_a_while():
@@ -574,6 +612,28 @@ def test_after_a_restart_with_nothing_held_the_prompt_is_read_again():
     commands = cluster.join(D1)
     assert ReleaseAttempt(connection=D0, attempt=before) in commands
     assert the(StartPrefill, commands).generated == (100, 101, 102, 103, 104)
+
+
+def test_what_a_node_was_told_to_release_is_not_gone_on_from():
+    """It joined before the journal was read, so nobody seemed to wait for what it held."""
+    before = attempt_of("r", 3)
+    cluster = Cluster(PREFILL, first_epoch=100)
+    parts = tuple(HeldKv(attempt=before, layers=layers, tokens=44) for layers in CUT)
+    assert the(ReleaseAttempt, cluster.join(D0, held=parts)).attempt == before
+    spec = RequestSpec(request_id=RequestId("r"), prompt=PROMPT, generation=Generation(max_tokens=20))
+    from_journal = RecoveredRequest(spec=spec, tokens=(100, 101), nodes=frozenset({"d0"}))
+    cluster.happens(RequestsRecovered(requests=(from_journal,)))
+    assert not all_of(StartDecode, cluster.join(D1))
+
+
+def test_a_recovering_node_whose_stream_was_cut_is_asked_for_nothing_that_it_has_to_release():
+    cluster, before = recovered()
+    held = tuple(HeldKv(attempt=before, layers=layers, tokens=46) for layers in CUT)
+    cluster.join(PREFILL)
+    cluster.join(D0, held=held)
+    cluster.dies(D0)
+    assert the(ReleaseAttempt, cluster.join(ConnectionId(7), "d0", held=held)).attempt == before
+    assert not all_of(StartDecode, cluster.join(D1))
 
 
 def test_an_attempt_newer_than_the_journal_knows_is_gone_on_from():
