@@ -31,6 +31,8 @@ class Answer:
     def __init__(self, accepted: Accepted, text: AnswerText, stop: "Callable[[Answer], None]") -> None:
         self.accepted = accepted
         self.verdict: commands.AcceptRequest | commands.RejectRequest | None = None
+        self.is_left = False
+        """Nobody waits for it any more."""
         self._text = text
         self._stop = stop
         self._tokens: list[inference_pb2.Token] = []
@@ -136,6 +138,7 @@ class Answers:
         if answer.is_finished or not answer.is_read_by(reader):
             return
         if keep_s <= 0:
+            answer.is_left = True
             self._end(answer, "cancelled")
         else:
             asyncio.get_running_loop().call_later(keep_s, self.leave, answer, reader, 0.0)
@@ -147,6 +150,8 @@ class Answers:
         if isinstance(event, commands.AcceptRequest):
             self._answers[answer.id] = answer
         answer.take(event)
+        if isinstance(event, commands.AcceptRequest) and answer.is_left:
+            self._end(answer, "cancelled")
         if answer.is_finished:
             asyncio.get_running_loop().call_later(RESUMABLE_S, self._forget, answer)
 

@@ -125,7 +125,7 @@ class JournalFile:
             for entry in entries:
                 self._write_one(entry)
             self._db.execute("COMMIT")
-        except sqlite3.Error:
+        except Exception:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import queue
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -71,9 +70,9 @@ class JournalWriter:
         try:
             if self._works:
                 action()
-        except sqlite3.Error as error:
+        except Exception:  # whatever it is, clients must not wait for a thread that has ended
             self._works = False
-            logger.error("the journal failed (%s): answers go on, but would not survive a restart", error)
+            logger.exception("the journal failed: answers go on, but would not survive a restart")
 
     def _let_through(self, thens: Sequence[Callable[[], None]]) -> bool:
         def run() -> None:

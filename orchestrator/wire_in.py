@@ -27,12 +27,18 @@ _FAILURE: dict[cluster_pb2.FailureKind.ValueType, FailureKind] = {
 }
 
 
+HIGHEST_EPOCH = 2**62
+"""That a node can have heard of: what is counted from there on still fits a signed integer of 64 bits."""
+
+
 class WireError(ValueError):
     """A node sent something that has no meaning."""
 
 
 def profile_from_proto(hello: cluster_pb2.Hello) -> NodeProfile:
-    """Raises WireError for an unknown role."""
+    """Raises WireError for an unknown role, or an epoch that nobody can have given."""
+    if hello.highest_epoch > HIGHEST_EPOCH:
+        raise WireError(f"node {hello.node_id} has heard of epoch {hello.highest_epoch}, which nobody gave: restart it")
     return NodeProfile(
         node_id=NodeId(hello.node_id),
         pid=hello.pid,

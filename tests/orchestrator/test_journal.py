@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgellm.orchestrator.answers import Answers
 from edgellm.orchestrator.cli_status import what_is_new
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import NodeJoined, Tick
@@ -29,6 +30,9 @@ from edgellm.orchestrator.journal_writer import JournalWriter
 from edgellm.orchestrator.metrics import Metrics
 from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.serve import _journal_path
+from edgellm.orchestrator.text import AnswerText
+from edgellm.orchestrator.wire_in import WireError, profile_from_proto
+from edgellm.runtime.rpc import cluster_pb2
 from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 STATS = RequestStats(
@@ -162,6 +166,57 @@ def test_the_writer_keeps_the_order_and_a_broken_disk_stops_nobody(tmp_path):
     broken._db.execute("DROP TABLE tokens")
     asyncio.run(scenario(broken))
     assert told == list(range(50))
+
+
+def test_a_record_that_cannot_be_written_stops_nobody(tmp_path, caplog):
+    async def scenario(file):
+        with JournalWriter(file, asyncio.get_running_loop()) as writer:
+            done = asyncio.Event()
+            writer.record([accepted("a"), EpochsReserved(highest=2**63)], lambda: None)
+            writer.record([emitted("a", 0)], done.set)
+            await asyncio.wait_for(done.wait(), 10)
+
+    asyncio.run(scenario(JournalFile(tmp_path / "journal", "bundle")))
+    assert "the journal failed" in caplog.text
+    assert JournalFile(tmp_path / "journal", "bundle").read() == []
+
+
+def test_a_node_that_has_heard_of_an_impossible_epoch_is_refused():
+    hello = cluster_pb2.Hello(node_id="d0", role="decode", highest_epoch=2**62)
+    assert profile_from_proto(hello).node_id == "d0"
+    hello.highest_epoch = 2**63
+    with pytest.raises(WireError, match="epoch 9223372036854775808"):
+        profile_from_proto(hello)
+
+
+class LateJournal:
+    """Whose commits wait until `commit`."""
+
+    def __init__(self):
+        self._then = []
+
+    def record(self, _entries, then):
+        self._then.append(then)
+
+    def commit(self):
+        waiting, self._then = self._then, []
+        for then in waiting:
+            then()
+
+
+@pytest.mark.parametrize("keep_s", [0.0, 0.001])
+def test_a_client_that_leaves_before_its_acceptance_is_in_the_journal_takes_its_request_along(keep_s):
+    async def scenario():
+        journal = LateJournal()
+        driver = Driver(Core(simulated_config(), DualPool()), Metrics(), lambda: 0.0, journal)
+        answers = Answers(driver, lambda _: AnswerText(lambda _: "", (), frozenset()))
+        answer = answers.begin(accepted("a"))
+        answers.leave(answer, answer.open(), keep_s)
+        await asyncio.sleep(2 * keep_s)
+        journal.commit()
+        return driver.core.state.requests
+
+    assert asyncio.run(scenario()) == {}
 
 
 def test_the_same_command_finds_its_journal_again(tmp_path):
