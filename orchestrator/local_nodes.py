@@ -88,13 +88,13 @@ class NodeLauncher:
         Raises NodeStartError for a node that ends again and again before it has ever joined: it never will.
         """
         loop = asyncio.get_running_loop()
-        backoff_s = FIRST_BACKOFF_S
+        backoff_s = 0.0
         for starts in itertools.count(1):
             started_s = loop.time()
             code = await self._run_once(node)
             if starts >= MAX_FAILED_STARTS and not self.has_joined(node.node_id):
                 raise NodeStartError(f"node {node.node_id} ended {starts} times before it joined (exit status {code})")
-            backoff_s = FIRST_BACKOFF_S if loop.time() - started_s > STEADY_S else min(2 * backoff_s, LONGEST_BACKOFF_S)
+            backoff_s = _next_backoff_s(backoff_s, ran_s=loop.time() - started_s)
             logger.warning("node=%s exited code=%d restart_in_s=%.1f", node.node_id, code, backoff_s)
             await asyncio.sleep(backoff_s)
 
@@ -135,6 +135,10 @@ class NodeLauncher:
             "--exit-with-parent",
             *self.options,
         ]
+
+
+def _next_backoff_s(before_s: float, *, ran_s: float) -> float:
+    return 0.0 if ran_s >= STEADY_S else min(max(FIRST_BACKOFF_S, 2 * before_s), LONGEST_BACKOFF_S)
 
 
 def _free_port() -> int:

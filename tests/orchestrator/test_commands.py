@@ -16,7 +16,7 @@ import pytest
 from edgellm.orchestrator import cli, serve
 from edgellm.orchestrator.bundle import BundleError, Placement, Plan, open_bundle
 from edgellm.orchestrator.client import connect
-from edgellm.orchestrator.local_nodes import planned_nodes
+from edgellm.orchestrator.local_nodes import LONGEST_BACKOFF_S, STEADY_S, _next_backoff_s, planned_nodes
 from edgellm.orchestrator.sim import cli as sim_cli
 from edgellm.runtime.rpc.inference_pb2 import GetClusterRequest
 
@@ -167,6 +167,16 @@ def test_broken_bundles_are_refused(bundle, tmp_path):
         (tmp_path / "bundle.json").write_text(content)
         with pytest.raises(BundleError, match=message):
             open_bundle(tmp_path)
+
+
+def test_a_node_that_ran_for_long_starts_again_at_once_and_any_other_after_growing_pauses():
+    pauses_s = [0.0]
+    for _ in range(12):
+        pauses_s.append(_next_backoff_s(pauses_s[-1], ran_s=1.0))
+    assert pauses_s[1] > 0
+    assert pauses_s == sorted(pauses_s)
+    assert pauses_s[-1] == LONGEST_BACKOFF_S
+    assert _next_backoff_s(LONGEST_BACKOFF_S, ran_s=STEADY_S) == 0.0
 
 
 def test_planned_nodes_are_named_after_their_devices():
