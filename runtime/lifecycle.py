@@ -126,7 +126,7 @@ class Lifecycle:
             if attempt in self.answers:
                 self.fail(attempt, "transfer", f"it stalled, and nobody resumed it within {self.lease_s} s")
             else:
-                self.end(attempt)
+                self.let_go(attempt)
 
     @contextmanager
     def failing(self, attempt: Attempt) -> Iterator[None]:

@@ -157,6 +157,8 @@ def test_copies_that_nobody_claims_are_kept_for_the_lease_only():
         pool = nodes.running["b"].server.ledger.pool
         assert pool.free_blocks < pool.num_blocks
         await eventually(lambda: pool.free_blocks == pool.num_blocks)
+        [released] = await nodes.running["b"].joined.wait_for("Released", "r")
+        assert released.attempt.epoch == 0
         await request.release()
 
     on_nodes(test, decoders("ab"), lease_s=1.0)
