@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from edgellm.runtime.rpc import cluster_pb2 as edgellm_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65\x64gellm/v1/stage.proto\x12\nedgellm.v1\x1a\x18\x65\x64gellm/v1/cluster.proto\"y\n\tStageStep\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05stage\x18\x02 \x01(\r\x12*\n\x08segments\x18\x03 \x03(\x0b\x32\x18.edgellm.v1.StageSegment\x12\x0e\n\x06hidden\x18\x04 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\"j\n\x0cStageSegment\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0e\n\x06sample\x18\x04 \x01(\x08\"W\n\x0bStageResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.edgellm.v1.StageSample\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"D\n\x0bStageSample\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.edgellm.v1.SampledToken\x12\x0c\n\x04lost\x18\x02 \x01(\x08\x32L\n\rStageExchange\x12;\n\x05Steps\x12\x15.edgellm.v1.StageStep\x1a\x17.edgellm.v1.StageResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65\x64gellm/v1/stage.proto\x12\nedgellm.v1\x1a\x18\x65\x64gellm/v1/cluster.proto\"y\n\tStageStep\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05stage\x18\x02 \x01(\r\x12*\n\x08segments\x18\x03 \x03(\x0b\x32\x18.edgellm.v1.StageSegment\x12\x0e\n\x06hidden\x18\x04 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\"j\n\x0cStageSegment\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.Attempt\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0e\n\x06sample\x18\x04 \x01(\x08\"i\n\x0bStageResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.edgellm.v1.StageSample\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"D\n\x0bStageSample\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.edgellm.v1.SampledToken\x12\x0c\n\x04lost\x18\x02 \x01(\x08\x32L\n\rStageExchange\x12;\n\x05Steps\x12\x15.edgellm.v1.StageStep\x1a\x17.edgellm.v1.StageResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STAGESEGMENT']._serialized_start=187
   _globals['_STAGESEGMENT']._serialized_end=293
   _globals['_STAGERESULT']._serialized_start=295
-  _globals['_STAGERESULT']._serialized_end=382
-  _globals['_STAGESAMPLE']._serialized_start=384
-  _globals['_STAGESAMPLE']._serialized_end=452
-  _globals['_STAGEEXCHANGE']._serialized_start=454
-  _globals['_STAGEEXCHANGE']._serialized_end=530
+  _globals['_STAGERESULT']._serialized_end=400
+  _globals['_STAGESAMPLE']._serialized_start=402
+  _globals['_STAGESAMPLE']._serialized_end=470
+  _globals['_STAGEEXCHANGE']._serialized_start=472
+  _globals['_STAGEEXCHANGE']._serialized_end=548
 # @@protoc_insertion_point(module_scope)

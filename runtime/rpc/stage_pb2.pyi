@@ -96,9 +96,14 @@ class StageResult(_message.Message):
     STEP_ID_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
     error: _builtins.str
     """For people, where the engine refused the whole step; the samples are empty then."""
+    checksum: _builtins.int
+    """crc32 over step_id (u64) and, of each sample in order, lost (u8), index (u32), token_id (u32), logprob (f32) and
+    finish_reason (i32), all little endian and without padding; those of a lost sample are 0.
+    """
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSample]:
         """By segment with `sample`, in order; one whose attempt is not held any more has `lost` set."""
@@ -109,10 +114,11 @@ class StageResult(_message.Message):
         step_id: _builtins.int = ...,
         samples: _abc.Iterable[Global___StageSample] | None = ...,
         error: _builtins.str = ...,
+        checksum: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "samples", b"samples", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "error", b"error", "samples", b"samples", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -96,7 +96,12 @@ class StageStreams:
             sent_s = stream.sent_s.pop(message.step_id, None)
             if sent_s is not None:
                 self._hooks.on_round_trip(time.monotonic() - sent_s)
-            self._hooks.on_result(result_from_proto(message))
+            try:
+                result = result_from_proto(message)
+            except ValueError as error:
+                _log.warning("stage stream given up reason=%s", error)
+                return
+            self._hooks.on_result(result)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

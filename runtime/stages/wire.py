@@ -1,6 +1,8 @@
 """Between protobuf messages and steps between stages."""
 
+import struct
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,6 +11,9 @@ from edgellm.runtime.stages.messages import StageResult, StageSegment, StageStep
 from edgellm.runtime.wire import attempt_from_proto, attempt_to_proto, token_from_proto, token_to_proto
 
 _HALF = np.dtype("<f2")
+_STEP_ID = struct.Struct("<Q")
+_SAMPLE = struct.Struct("<?IIfi")
+"""Lost, index, token id, logprob, finish reason."""
 
 
 def step_to_proto(step: StageStep) -> stage_pb2.StageStep:
@@ -57,9 +62,22 @@ def result_to_proto(result: StageResult) -> stage_pb2.StageResult:
         else stage_pb2.StageSample(token=token_to_proto(token, with_logprob=True))
         for token in result.samples
     ]
-    return stage_pb2.StageResult(step_id=result.step_id, samples=samples, error=result.error)
+    checksum = _checksum(result.step_id, samples)
+    return stage_pb2.StageResult(step_id=result.step_id, samples=samples, error=result.error, checksum=checksum)
 
 
 def result_from_proto(result: stage_pb2.StageResult) -> StageResult:
+    """Raises ValueError for one that arrived damaged."""
+    if _checksum(result.step_id, result.samples) != result.checksum:
+        raise ValueError(f"checksum of the samples of step {result.step_id} is wrong")
     samples = tuple(None if sample.lost else token_from_proto(sample.token) for sample in result.samples)
     return StageResult(step_id=result.step_id, samples=samples, error=result.error)
+
+
+def _checksum(step_id: int, samples: Iterable[stage_pb2.StageSample]) -> int:
+    checksum = zlib.crc32(_STEP_ID.pack(step_id))
+    for sample in samples:
+        token = sample.token
+        fields = (sample.lost, token.index, token.token_id, token.logprob, token.finish_reason)
+        checksum = zlib.crc32(_SAMPLE.pack(*fields), checksum)
+    return checksum

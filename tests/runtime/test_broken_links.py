@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from edgellm.runtime.kv.copying.queue import CopyConfig
+from edgellm.runtime.stages import servicer as stage_servicer
+from edgellm.runtime.stages.wire import result_to_proto
 from tests.runtime.conftest import CONTRACT, LAYERS, eventually, one_by_one, random_prompt, staged_answer
 from tests.runtime.copies import Holder, attempt, row
 from tests.runtime.proxy import Proxy, proxied
@@ -115,8 +117,8 @@ def damage_kv(proxy: Proxy) -> None:
     proxy.damage = b"raw\x49", 1
 
 
-@pytest.mark.parametrize("trouble", ["delay", "cut", "damage"])
-def test_steps_between_stages_through_a_bad_link(trouble):
+@pytest.mark.parametrize("trouble", ["delay", "cut", "damaged step", "damaged result"])
+def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
     """A delay changes nothing; what is cut or damaged stalls the answer, and it goes on from the copies."""
     expected = staged_answer((2, 1), PROMPT, MAX_TOKENS)
 
@@ -130,7 +132,7 @@ def test_steps_between_stages_through_a_bad_link(trouble):
             await request.read_tokens(6)
             if trouble != "delay":
                 watermark = request.watermark(request.parts[1])
-                make_trouble(proxy, trouble)
+                make_trouble(proxy, trouble, monkeypatch)
                 await eventually(lambda: broken(nodes.running["a"]))
                 request.resume([Part(range(2), "a", "b"), Part(range(2, 3), "b", "a")], tokens=watermark)
             await request.read_tokens(MAX_TOKENS)
@@ -141,12 +143,27 @@ def test_steps_between_stages_through_a_bad_link(trouble):
     on_nodes(test, STAGED, allow_shm=False)
 
 
-def make_trouble(proxy: Proxy, trouble: str) -> None:
-    """Damaged are the hidden states of one row: they follow `sample`, and their own tag and length, 64 bytes."""
-    if trouble == "cut":
-        proxy.cut()
-    else:
-        proxy.damage = b"\x20\x01\x22\x40", 1
+def make_trouble(proxy: Proxy, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged are the hidden states of one row: they follow `sample`, and their own tag and length, 64 bytes;
+    or one token, after its checksum was computed."""
+    match trouble:
+        case "cut":
+            proxy.cut()
+        case "damaged step":
+            proxy.damage = b"\x20\x01\x22\x40", 1
+        case _:
+            damage_a_token(monkeypatch)
+
+
+def damage_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    damages = iter([0x01])
+
+    def damaged(result):
+        message = result_to_proto(result)
+        message.samples[0].token.token_id ^= next(damages, 0)
+        return message
+
+    monkeypatch.setattr(stage_servicer, "result_to_proto", damaged)
 
 
 def broken(running) -> bool:

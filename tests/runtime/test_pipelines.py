@@ -5,7 +5,10 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from edgellm.runtime.generation import SampledToken
 from edgellm.runtime.rpc import cluster_pb2
+from edgellm.runtime.stages.messages import StageResult
+from edgellm.runtime.stages.wire import result_from_proto, result_to_proto
 from tests.runtime.conftest import (
     Running,
     attempt,
@@ -87,3 +90,31 @@ def test_who_carries_a_stage_does_not_change_a_token(carriers):
         assert answers == expected
 
     pipeline(test, names="".join(sorted(set(carriers))))
+
+
+RESULT = StageResult(
+    step_id=2**40,
+    samples=(SampledToken(index=3, token_id=70_000, logprob=-0.5, finish="length"), None),
+)
+
+
+def test_a_result_arrives_as_it_was_sent():
+    assert result_from_proto(result_to_proto(RESULT)) == RESULT
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("token_id", 70_001), ("index", 4), ("logprob", -0.25), ("finish_reason", -1)]
+)
+def test_a_damaged_token_is_refused(field, value):
+    message = result_to_proto(RESULT)
+    setattr(message.samples[0].token, field, value)
+    with pytest.raises(ValueError, match="checksum of the samples of step 1099511627776"):
+        result_from_proto(message)
+
+
+def test_a_damaged_step_id_or_a_token_that_was_lost_is_refused():
+    for damage in (lambda message: setattr(message, "step_id", 7), lambda m: setattr(m.samples[1], "lost", False)):
+        message = result_to_proto(RESULT)
+        damage(message)
+        with pytest.raises(ValueError, match="checksum"):
+            result_from_proto(message)
