@@ -57,10 +57,10 @@ class Answer:
         """None after the last."""
         return next((other for other in self.route if other.first_stage > leg.first_stage), None)
 
-    def segment(self, rows: StageSegment, leg: Leg) -> Segment | None:
-        """A later leg's rows; None if they do not go on where this node's tokens end."""
+    def segment(self, rows: StageSegment, leg: Leg, reach: int) -> Segment | None:
+        """A later leg's rows; None if they do not go on where its KV (`reach`) or this node's tokens end."""
         is_sampled = rows.sample and leg is self.route[-1]
-        if is_sampled and rows.end != self.transcript.num_tokens:
+        if rows.first_position > reach or (is_sampled and rows.end != self.transcript.num_tokens):
             return None
         return Segment(
             attempt=rows.attempt,
@@ -115,6 +115,10 @@ class Answers:
 
     def get(self, attempt: Attempt) -> Answer | None:
         return self._answers.get(attempt)
+
+    def reach(self, attempt: Attempt, leg: Leg) -> int:
+        """The first position without KV in one of the leg's layers."""
+        return self._holdings.reach(attempt, leg.layers)
 
     def is_waiting(self, attempt: Attempt) -> bool:
         return attempt in self._answers and self._answers[attempt].state == "waiting"
@@ -197,7 +201,7 @@ class Answers:
 
     def _has_kv(self, answer: Answer) -> bool:
         attempt, needed = answer.decode.attempt, answer.needs_tokens
-        return all(self._holdings.reach(attempt, leg.layers) >= needed for leg in answer.legs)
+        return all(self.reach(attempt, leg) >= needed for leg in answer.legs)
 
     def _start(self, answer: Answer) -> None:
         decode = answer.decode

@@ -197,6 +197,12 @@ class Node:
         """The step's outcome will not be committed; nothing uses its blocks any more."""
         self._ledger.unpin(planned.step.attempts)
 
+    def expire(self, now_s: float) -> None:
+        """To be called many times a second: nothing waits for longer than it may, whatever else happens."""
+        self.lifecycle.expire(now_s)
+        if self._pipelines.is_overdue(now_s):
+            self._wake()
+
     # The stage exchange
 
     def stage_step(self, step: StageStep, source: StepSource, now_s: float) -> None:
@@ -212,18 +218,13 @@ class Node:
         """A later stage has answered a step."""
         effects = self._pipelines.result(result)
         self.lifecycle.fail_live(effects.failed, effects.error)
-        for attempt in effects.stalled:
-            self.lifecycle.stall(attempt, now_s)
+        if effects.peer is not None:
+            self._stall(effects.peer, effects.stalled, now_s)
         self._wake()
 
     def stage_broken(self, peer: NodeId, now_s: float) -> None:
         """The stream to a later stage has broken: what was on it is lost, and nothing else."""
-        stalled = tuple(attempt for attempt in self._pipelines.broken(peer) if attempt in self._answers)
-        for attempt in stalled:
-            self.lifecycle.stall(attempt, now_s)
-        if stalled:
-            _log.warning("pipeline broken peer=%s stalled=%d", peer, len(stalled))
-            self._emit(PipelineBroken(peer=peer, attempts=stalled))
+        self._stall(peer, self._pipelines.broken(peer), now_s)
 
     # The KV exchange
 
@@ -239,6 +240,7 @@ class Node:
     def kv_lost(self, attempt: Attempt, part: PromptPart) -> None:
         """The sender has gone before the KV of these layers was complete."""
         if part.backup:
+            self.copy_lost(attempt, self.node_id, part.layers, "its sender has gone")
             return
         self.lifecycle.forget_kv(attempt)
         with self.lifecycle.failing(attempt):
@@ -274,6 +276,15 @@ class Node:
             self._emit(KvCopied(copies=tuple(copies)))
 
     # Inside
+
+    def _stall(self, peer: NodeId, attempts: Sequence[Attempt], now_s: float) -> None:
+        """Their steps got lost at the next stage, or behind it."""
+        stalled = tuple(attempt for attempt in attempts if attempt in self._answers)
+        for attempt in stalled:
+            self.lifecycle.stall(attempt, now_s)
+        if stalled:
+            _log.warning("pipeline broken peer=%s stalled=%d", peer, len(stalled))
+            self._emit(PipelineBroken(peer=peer, attempts=stalled))
 
     def _start_answer(self, attempt: Attempt) -> None:
         """Let an answer run as soon as its KV is here. Raises RefusedError if too little room was reserved."""

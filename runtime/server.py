@@ -229,7 +229,7 @@ class NodeServer:
 
     async def _tick(self) -> None:
         while True:
-            self.node.lifecycle.expire(time.monotonic())
+            self.node.expire(time.monotonic())
             if self._config.parent_pid not in (None, os.getppid()):
                 raise NodeError("the process that started this node has ended")
             await asyncio.sleep(_TICK_S)

@@ -47,13 +47,16 @@ def heartbeat_received(state: ClusterState, event: HeartbeatReceived) -> None:
 
 
 def pipeline_broken(state: ClusterState, event: PipelineBroken) -> None:
-    """The peer is most likely dead, and its stream says so in a moment; if not, the link is what broke."""
+    """The peer is most likely dead, and its stream says so in a moment; if not, the link is what broke.
+
+    Of attempts that are over, it may only have been told so sooner.
+    """
     peer = state.nodes.named(event.peer)
-    for attempt in event.attempts:
-        request = state.request_of(attempt)
-        if request is not None and isinstance(request.phase, Decoding) and request.stalled is None:
+    requests = [request for attempt in event.attempts if (request := state.request_of(attempt)) is not None]
+    for request in requests:
+        if isinstance(request.phase, Decoding) and request.stalled is None:
             request.stalled = Stall(peer=event.peer, since_s=state.now_s)
-    if peer is not None and peer.state != "dead":
+    if requests and peer is not None and peer.state != "dead":
         peer.suspect_until_s = state.now_s + state.config.broken_link_grace_s
         refresh_states(state)
 

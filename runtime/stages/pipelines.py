@@ -29,6 +29,8 @@ class ResultEffects:
 
     stalled: tuple[Attempt, ...] = ()
     """A later stage does not hold them."""
+    peer: NodeId | None = None
+    """The next stage, which said so."""
     failed: tuple[Attempt, ...] = ()
     error: str = ""
 
@@ -54,6 +56,10 @@ class Pipelines:
 
     def source_gone(self, source: StepSource) -> None:
         self._lanes.later.queue.forget(source)
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Whether a step has waited for too long: `plan` runs it with what is here, or answers it."""
+        return any(arrived.deadline_s <= now_s for arrived in self._lanes.later.queue.waiting)
 
     def plan(self, now_s: float) -> PlannedStep | None:
         """The oldest arrived step whose KV is here."""
@@ -95,7 +101,7 @@ class Pipelines:
             case Batched(lane=lane, step=step):
                 if result.error:
                     return ResultEffects(failed=tuple(step.attempts), error=result.error)
-                return ResultEffects(stalled=_commit(lane, step, result.samples))
+                return ResultEffects(stalled=_commit(lane, step, result.samples), peer=lane.route[1].node_id)
             case None:
                 pass
         return ResultEffects()
@@ -119,14 +125,19 @@ class Pipelines:
         return self._attempts.fence.admits(attempt) if answer is None else answer.state == "waiting"
 
     def _keep_held(self, arrived: Arrived) -> PlannedStep | None:
-        """The step, without the segments that are not held here; None if none is."""
+        """The step, without the segments that are not held here, or rows before them; None if none is left.
+
+        Rows that catch up have no sample that could be lost: what comes after them is lost instead.
+        """
         kept: list[Segment] = []
         engine: Engine | None = None
         for index, rows in enumerate(arrived.step.segments):
             answer = self._answers.get(rows.attempt)
             leg = None if answer is None or answer.state != "running" else answer.leg_at(arrived.step.stage)
-            segment = None if answer is None or leg is None else answer.segment(rows, leg)
-            if answer is not None and leg is not None and segment is not None:
+            if answer is None or leg is None:
+                continue
+            segment = answer.segment(rows, leg, self._answers.reach(rows.attempt, leg))
+            if segment is not None:
                 kept.append(segment)
                 arrived.kept.append(index)
                 arrived.following = answer.leg_after(leg)

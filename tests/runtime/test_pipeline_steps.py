@@ -16,11 +16,12 @@ from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.inbox import PromptPart
 from edgellm.runtime.kv.ledger import BlockLedger
 from edgellm.runtime.kv.types import Attempt, NodeId, RequestId, Stage
-from edgellm.runtime.lanes import Lanes
+from edgellm.runtime.lanes import DecodeLane, Lanes
 from edgellm.runtime.lifecycle import Exchanges
 from edgellm.runtime.messages import Decode, Event, PipelineBroken, Release, Released, RequestFailed, Tokens
 from edgellm.runtime.node import Node
 from edgellm.runtime.stages.messages import StageResult, StageStep
+from edgellm.runtime.stages.pipelines import STEP_PATIENCE_S
 from edgellm.runtime.stages.routes import Leg
 from tests.runtime.conftest import (
     LAYERS,
@@ -112,9 +113,13 @@ class Machine:
 class Cluster:
     """The pipeline, its requests, and an orchestrator that resumes what stalls."""
 
-    def __init__(self, rng: random.Random, counts: tuple[int, ...], carriers: str, prompts: list[list[int]]) -> None:
+    def __init__(
+        self, rng: random.Random, counts: tuple[int, ...], carriers: str, prompts: list[list[int]],
+        limits: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """`limits`: rows and sequences of a step; drawn where they are not given."""
         self.rng, self.network = rng, Network()
-        limits = (rng.randint(2, 32), rng.randint(1, 4))
+        limits = limits or (rng.randint(2, 32), rng.randint(1, 4))
         for name in sorted(set(carriers)):
             self.network.nodes[name] = Machine(name, self.network, counts, *limits)
         firsts = [sum(counts[:stage]) for stage in range(len(counts))]
@@ -245,6 +250,27 @@ class Cluster:
             machine.ledger.check_integrity()
             assert machine.pool.free_blocks == machine.pool.num_blocks
             assert machine.node.running == machine.node.waiting == 0
+
+
+def test_rows_after_a_catch_up_step_that_was_lost_are_lost_too():
+    """The KV of a later stage comes after its patience with the first step, which has no sample, has ended."""
+    cluster = Cluster(random.Random(0), (1, 2), "ab", [random_prompt(5)], limits=(2, 1))
+    front, back = cluster.network.nodes["a"], cluster.network.nodes["b"]
+    cluster.answers[0] = staged_answer((1, 2), cluster.prompts[0], 9)
+    command, one, pool = cluster.command(0, 20), cluster.attempt(0), tiny_pool(16)
+    greedy_answer(tiny_engine("prefill", pool, max_rows=MAX_SEQ_LEN), cluster.prompts[0], 1)
+    for machine in (front, back):
+        machine.node.decode(command, 0.0)
+    front.install(one, pool, list(range(12)), 5, range(1))
+    [lane] = [lane for lane in front.node.lanes.in_turn if isinstance(lane, DecodeLane)]
+    assert front.step(lane)
+    cluster.network.ways["a", "b", "steps"].popleft()()
+    assert back.node.next_step(back.node.lanes.later, STEP_PATIENCE_S) is None
+    back.install(one, pool, list(range(12)), 5, range(1, 3))
+    while cluster.act() or cluster.network.busy():
+        assert back.holdings.reach(one, range(1, 3)) == 5
+    assert [event for event in back.events if isinstance(event, Tokens)] == []
+    assert front.events == [PipelineBroken(peer=NodeId("b"), attempts=(one,))]
 
 
 cuts = st.sampled_from([((1, 1, 1), "abc"), ((1, 2), "ab"), ((2, 1), "ab"), ((1, 1, 1), "aba"), ((1, 1, 1), "aab"),

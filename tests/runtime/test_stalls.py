@@ -4,8 +4,10 @@ import time
 from contextlib import AsyncExitStack
 
 from edgellm.runtime.attempts import Attempts
+from edgellm.runtime.kv.inbox import PromptPart
 from edgellm.runtime.kv.types import Attempt, RequestId
 from edgellm.runtime.rpc import cluster_pb2
+from edgellm.runtime.stages import pipelines
 from tests.runtime.conftest import attempt, decode, eventually, generation, orchestrating, random_prompt, staged_answer
 from tests.runtime.takeover import Nodes, Part, Request, on_nodes
 
@@ -18,6 +20,11 @@ ROLES = {"reader": {"phase": "prefill"}, "first": WRITER, "last": WRITER}
 def copies_lost(nodes: Nodes, name: str) -> list[cluster_pb2.CopyLost]:
     events = nodes.running[name].joined.events
     return [event.copy_lost for event in events if event.WhichOneof("message") == "copy_lost"]
+
+
+def breaks(nodes: Nodes, name: str) -> list[cluster_pb2.PipelineBroken]:
+    events = nodes.running[name].joined.events
+    return [event.pipeline_broken for event in events if event.WhichOneof("message") == "pipeline_broken"]
 
 
 def test_a_node_knows_the_highest_epoch_it_has_heard_of():
@@ -34,13 +41,32 @@ def test_a_later_stage_that_let_go_stalls_the_answer_for_a_lease():
         request = Request(nodes, "r", PROMPT, MAX_TOKENS * 4)
         await request.begin("reader", [Part(FRONT, "first"), Part(BACK, "last")])
         await request.read_tokens(3)
+        assert breaks(nodes, "first") == []
         nodes.running["last"].joined.send(release=cluster_pb2.Release(attempt=attempt("r")))
+        await eventually(lambda: breaks(nodes, "first"))
+        [broken] = breaks(nodes, "first")
+        assert (broken.peer_node_id, list(broken.attempts)) == ("last", [attempt("r")])
         await eventually(request.failures)
         assert "nobody resumed it" in request.failures()[0].message
         pool = nodes.running["first"].server.ledger.pool
         assert pool.free_blocks == pool.num_blocks
 
     on_nodes(test, ROLES, lease_s=0.3)
+
+
+def test_a_step_whose_command_never_comes_is_given_up_with_nothing_else_to_do(monkeypatch):
+    monkeypatch.setattr(pipelines, "STEP_PATIENCE_S", 0.2)
+
+    async def test(nodes):
+        request = Request(nodes, "r", PROMPT, MAX_TOKENS)
+        command = nodes.running["last"].joined
+        with monkeypatch.context() as withheld:
+            withheld.setattr(command, "send", lambda **_: None)
+            await request.begin("reader", [Part(FRONT, "first"), Part(BACK, "last")])
+        await eventually(lambda: breaks(nodes, "first"))
+        await request.release()
+
+    on_nodes(test, ROLES)
 
 
 def test_a_stalled_answer_is_resumed_where_it_stalled():
@@ -55,7 +81,7 @@ def test_a_stalled_answer_is_resumed_where_it_stalled():
 
         def has_broken() -> bool:
             """Once a step was on its way."""
-            if not any(event.WhichOneof("message") == "pipeline_broken" for event in first.joined.events):
+            if not breaks(nodes, "first"):
                 first.server.node.stage_broken("last", time.monotonic())
                 return False
             return True
@@ -87,6 +113,23 @@ def test_a_backup_that_cannot_be_reached_costs_protection_only():
         await request.release()
 
     on_nodes(test, ROLES | {"spare": WRITER})
+
+
+def test_a_holder_says_that_what_the_sender_left_unfinished_will_never_be_complete():
+    async def test(nodes):
+        last = nodes.running["last"]
+        last.joined.send(release=cluster_pb2.Release(attempt=attempt("before")))
+        await last.joined.wait_for("Released", "before")
+        part = PromptPart(layers=FRONT, tokens=len(PROMPT), backup=True)
+        one = Attempt(request_id=RequestId("r"), epoch=0)
+        last.server._inbox.open(one, part, capacity_tokens=len(PROMPT) + 1)
+        last.server._inbox.close(one, part)
+        [lost] = await last.joined.wait_for("CopyLost", "r")
+        assert (lost.attempt, lost.holder_node_id, lost.first_layer, lost.num_layers) == (attempt("r"), "last", 0, 2)
+        last.joined.send(release=cluster_pb2.Release(attempt=attempt("r")))
+        await last.joined.wait_for("Released", "r")
+
+    on_nodes(test, ROLES)
 
 
 def test_a_prompt_may_stay_where_it_was_read():
