@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
+from weakref import WeakValueDictionary
 
 import grpc.aio
 
@@ -78,13 +78,13 @@ class LinkConfig:
 
 
 class KvLinks:
-    """One link per receiver, made when first needed and again after it broke."""
+    """One link per receiver, made when first needed and again after it broke, or after its node came back elsewhere."""
 
     def __init__(self, config: LinkConfig, contract: KvContract) -> None:
         self._config = config
         self._contract = contract
         self._links: dict[_Key, KvLink] = {}
-        self._connecting: defaultdict[_Key, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._connecting: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def use(self, target: KvTarget) -> AsyncIterator[KvLink]:
@@ -93,11 +93,12 @@ class KvLinks:
         Raises grpc.aio.AioRpcError where the node is not reached or refuses.
         """
         key = (target.node_id, target.address)
-        async with self._connecting[key]:
+        async with self._connecting.setdefault(key, asyncio.Lock()):
             link = self._links.get(key) or await self._connect(target)
             self._links[key] = link
         link.users += 1
         try:
+            await self._retire_others(key)
             yield link
         except grpc.aio.AioRpcError:
             link.broken = True
@@ -111,6 +112,13 @@ class KvLinks:
         for key, link in list(self._links.items()):
             link.broken = True
             await self._retire(key, link)
+
+    async def _retire_others(self, key: _Key) -> None:
+        """The node has another address now: its process was restarted."""
+        for other, link in list(self._links.items()):
+            if other != key and other[0] == key[0]:
+                link.broken = True
+                await self._retire(other, link)
 
     async def _retire(self, key: _Key, link: KvLink) -> None:
         if link.broken and self._links.get(key) is link:

@@ -124,6 +124,22 @@ def copying(test, *servicers, **options):
     asyncio.run(run())
 
 
+def test_a_holder_that_came_back_elsewhere_leaves_no_ring_behind():
+    async def test(source, *addresses):
+        before, after = (
+            KvTarget(node_id=NodeId("h"), address=address, host_id=HOST, first_layer=0, num_layers=1, backup=True)
+            for address in addresses
+        )
+        async with source.links.use(before) as old:
+            async with source.links.use(after) as new:
+                assert not old.outgoing._memory.closed
+            assert not old.outgoing._memory.closed
+        assert old.outgoing._memory.closed
+        assert not new.outgoing._memory.closed
+
+    copying(test, servicer(Holder(64)), servicer(Holder(64)), allow_shm=True)
+
+
 @pytest.mark.parametrize("allow_shm", [True, False])
 def test_many_requests_share_a_stream_and_a_small_ring(allow_shm):
     holder, crashed = Holder(64), []
