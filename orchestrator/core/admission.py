@@ -62,10 +62,10 @@ def _is_earlier(spec: RequestSpec, deadline_s: float) -> bool:
 
 
 def retry_after_ms(nodes: NodeRegistry, waiting: Sequence[Request]) -> int:
-    """Time in which half of the waiting prompts will have been read at the measured speeds, at least 100 ms."""
+    """Time in which half of the waiting prompts will have been read at the measured speeds; 100 ms to a minute."""
     tokens = sum(len(request.spec.prompt) for request in waiting)
     speed = sum(node.load.prefill_tokens_per_s for node in nodes.ready()) or UNMEASURED_PREFILL_TOKENS_PER_S
-    return max(100, round(500 * tokens / speed))
+    return round(min(max(100.0, 500 * tokens / speed), 60_000.0))
 
 
 def why_waiting(config: CoreConfig, nodes: NodeRegistry, request: Request) -> str:

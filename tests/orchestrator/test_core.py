@@ -203,6 +203,16 @@ def test_a_full_queue_rejects_with_a_hint():
     assert (rejection.kind, rejection.retry_after_ms >= 100) == ("overloaded", True)
 
 
+def test_a_hint_stays_within_a_minute_however_slow_a_node_says_it_is():
+    story = Story(P0, D0, max_waiting=2)
+    load = NodeLoad(prefill_tokens_per_s=5e-324)
+    story.happens(HeartbeatReceived(connection=P0, load=load))
+    for name in "abcdefgh":
+        story.submit(name, prompt_tokens=1000)
+    rejection = the(RejectRequest, story.submit("i", prompt_tokens=1000))
+    assert (rejection.kind, rejection.retry_after_ms) == ("overloaded", 60_000)
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_spent():
     story = Story(P0, D0)
     assert the(StartPrefill, story.submit("a", prompt_tokens=500, deadline_s=0.1))
