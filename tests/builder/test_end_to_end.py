@@ -197,7 +197,7 @@ def rewrite(bundle: Path, **changes: object) -> None:
         ({"device_class": "orin-nano-8gb"}, "for device class 'orin-nano-8gb' and this device is 'cpu-local'; build a"),
         (
             {"backend": "tensorrt"},
-            "tensorrt backend cpu-3, this one is tensorrt|pip install 'edgellm.tensorrt.'",
+            "tensorrt backend cpu-[0-9]+, this one is tensorrt|pip install 'edgellm.tensorrt.'",
         ),
         ({"backend": "abacus"}, "Invalid enum value 'abacus'"),
     ],

@@ -127,10 +127,10 @@ def test_answers_go_on_over_a_restart_of_the_orchestrator(bundle, make_node, clu
             for plan in plans:
                 cluster.add_node(plan)
             await cluster.joined(2)
-            whole = await read(stub.Generate(request(max_tokens=60)))
-            stop = text_of(whole)[50:53]
+            whole = await read(stub.Generate(request(max_tokens=200)))
+            stop = text_of(whole)[190:193]
             ended = await read(stub.Generate(request(request_id="ended")))
-            cut = stub.Generate(request(max_tokens=60, request_id="cut", keep_ms=20_000, stop=[stop]))
+            cut = stub.Generate(request(max_tokens=200, request_id="cut", keep_ms=20_000, stop=[stop]))
             await read(cut, tokens=10)
         async with orchestrator(bundle, tmp_path, first.address) as (second, stub):
             rest = await read(stub.Resume(ResumeRequest(request_id="cut", from_index=10)))
