@@ -119,7 +119,7 @@ class Bench:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path(".demo/smollm2-135m"), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of each kind (%(default)s)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096], help="prompt tokens (%(default)s)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 3072], help="prompt tokens (%(default)s)")
     parser.add_argument("--chart", type=Path, help="write a chart here, where matplotlib is installed")
 
 
