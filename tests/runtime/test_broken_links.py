@@ -17,6 +17,8 @@ from tests.runtime.test_copy_stream import PATIENT, Source, holds, servicer, ser
 ALL = range(LAYERS)
 PROMPT, MAX_TOKENS = random_prompt(70, seed=4), 100
 DECODERS = {"reader": {"phase": "prefill"}, "a": {"phase": "decode"}, "b": {"phase": "decode"}}
+SLOW_S = 0.05
+"""Of every step, both ways: so slow that the answer is not over before the trouble, however busy the machine."""
 STAGED = {name: options | {"stage_layers": (2, 1)} for name, options in DECODERS.items()}
 
 
@@ -125,7 +127,7 @@ def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
     async def test(nodes):
         async with proxied(nodes.running["b"].joined.hello.exchange_address) as proxy:
             nodes.addresses["b"] = proxy.address
-            proxy.delay_s = 0.002
+            proxy.delay_s = 0.002 if trouble == "delay" else SLOW_S
             request = Request(nodes, "r", PROMPT, MAX_TOKENS)
             await request.begin("reader", [Part(range(2), "a", "b"), Part(range(2, 3), "b", "a")])
             await request.protected(tokens=len(PROMPT) + 4)
@@ -134,6 +136,7 @@ def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
                 watermark = request.watermark(request.parts[1])
                 make_trouble(proxy, trouble, monkeypatch)
                 await eventually(lambda: broken(nodes.running["a"]))
+                proxy.heal()
                 request.resume([Part(range(2), "a", "b"), Part(range(2, 3), "b", "a")], tokens=watermark)
             await request.read_tokens(MAX_TOKENS)
             assert request.tokens == expected
