@@ -5,12 +5,12 @@ DEMO := .demo
 BUNDLE := $(DEMO)/smollm2-135m
 LISTEN ?= 127.0.0.1:50051
 
-.PHONY: demo test check unit wheel sanitize test-slow soak bench serve proto format clean setup-demo setup-dev
+.PHONY: demo test check unit fuzz wheel sanitize test-slow soak bench serve proto format clean setup-demo setup-dev
 
 demo: setup-demo
 	@$(BIN)/python -m edgellm.orchestrator.demo --checkpoint "$(SMOLLM2)" --bundle $(BUNDLE)
 
-test: check unit wheel
+test: check unit fuzz wheel
 
 setup-demo:
 	@.ci/setup demo
@@ -28,6 +28,9 @@ check: setup-dev
 
 unit: setup-dev
 	$(BIN)/python -m pytest -q -m "not slow and not soak and not gpu" --durations 10
+
+fuzz: setup-dev
+	$(BIN)/edgellm-sim fuzz --seeds 1000
 
 wheel: setup-dev
 	@.ci/test-wheel

@@ -23,14 +23,6 @@ def test_no_seed_breaks_an_invariant():
         assert failure is None, tell(failure, DualPool)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_thousand_seeds_break_nothing():
-    for seed in range(1000, 2000):
-        failure = failure_of(draw_scenario(seed))
-        assert failure is None, tell(failure, DualPool)
-
-
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_scenarios_that_once_failed(path):
     failure = failure_of(read_scenario(path))
