@@ -31,7 +31,7 @@ _OF_NODES: tuple[FaultKind, ...] = (
 )
 _OF_THE_ORCHESTRATOR: tuple[FaultKind, ...] = ("pause", "clock jump", "delay", "crash", "crash", "crash")
 _CHANCES: dict[Mishap, float] = {"drop": 0.15, "duplicate": 0.15, "reorder": 0.15, "corrupt": 0.5}
-"""Per message; only those that carry KV are corrupted."""
+"""Per message; only those that carry KV are corrupted, and more rarely those between stages."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,10 @@ FIRST_PORT: Final = 40_000
 _HEADER_BYTES: Final = 64
 _SMALL_BYTES: Final = 4096
 """Messages up to this size share a link with larger ones, but do not wait behind them."""
+_KV_METHODS: Final = "/edgellm.v1.KvExchange/"
+_STAGE_METHODS: Final = "/edgellm.v1.StageExchange/"
+_DAMAGED_STAGE_SHARE: Final = 0.1
+"""So much rarer is damage between stages than to KV: each time breaks the stream, where KV only comes again."""
 
 Mishap: TypeAlias = Literal["drop", "duplicate", "reorder", "corrupt"]
 
@@ -36,9 +40,9 @@ class Scale:
 
     def of(self, method: str) -> float:
         """For the messages of an RPC method."""
-        if method.startswith("/edgellm.v1.KvExchange/"):
+        if method.startswith(_KV_METHODS):
             return self.kv
-        return self.hidden if method.startswith("/edgellm.v1.StageExchange/") else 1.0
+        return self.hidden if method.startswith(_STAGE_METHODS) else 1.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -101,9 +105,11 @@ class Network:
     def name_at(self, port: int) -> str:
         return next((name for name, known in self._ports.items() if known == port), f"port {port}")
 
-    def mishap(self, source: str) -> Mishap | None:
-        """What happens to the next message from there."""
+    def mishap(self, source: str, method: str) -> Mishap | None:
+        """What happens to the next message from there, which is one of this RPC method."""
         mishap, chance = self.trouble.mishaps.get(source, (None, 0.0))
+        if mishap == "corrupt" and method.startswith(_STAGE_METHODS):
+            chance *= _DAMAGED_STAGE_SHARE
         return mishap if mishap is not None and self._rng.random() < chance else None
 
     def send(self, lane: Lane, payload_bytes: float, deliver: Callable[[], None], *, overtakes: bool = False) -> float:

@@ -11,7 +11,7 @@ import grpc.aio
 
 from edgellm.orchestrator.sim.loop import Process, current_process
 from edgellm.orchestrator.sim.network import Lane, Network
-from edgellm.runtime.rpc import kv_pb2
+from edgellm.runtime.rpc import kv_pb2, stage_pb2
 
 Serializer: TypeAlias = Callable[[Any], bytes]
 Deserializer: TypeAlias = Callable[[bytes], Any]
@@ -174,7 +174,7 @@ class Rpc:
             listener.accept(self)
 
     def _send(self, lane: Lane, received: Received, data: bytes) -> float:
-        mishap = self._network.mishap(lane.source) if self._is_stream else None
+        mishap = self._network.mishap(lane.source, self.method) if self._is_stream else None
         frame = Frame(data=data, damaged=mishap == "corrupt")
         size = len(data) * self._network.scale.of(self.method)
         if mishap == "drop":
@@ -185,10 +185,19 @@ class Rpc:
 
 
 def _damaged(message: Any) -> Any:
-    """The same with one byte of KV changed; what carries no KV is left as it is."""
-    carrier = message.chunk if isinstance(message, kv_pb2.KvMessage) else message
-    if isinstance(carrier, kv_pb2.KvChunk | kv_pb2.KvCopyMessage) and carrier.inline_payload:
-        payload = bytearray(carrier.inline_payload)
-        payload[len(payload) // 2] ^= 0xFF
-        carrier.inline_payload = bytes(payload)
+    """The same with a little of its KV, hidden states or tokens changed; what carries none is left as it is."""
+    match message.chunk if isinstance(message, kv_pb2.KvMessage) else message:
+        case kv_pb2.KvChunk() | kv_pb2.KvCopyMessage() as carrier if carrier.inline_payload:
+            carrier.inline_payload = _with_another_byte(carrier.inline_payload, 0xFF)
+        case stage_pb2.StageStep():
+            message.hidden = _with_another_byte(message.hidden, 0x01)  # stays a number
+        case stage_pb2.StageResult(samples=[sample, *_]):
+            sample.token.token_id ^= 1  # stays in the vocabulary
     return message
+
+
+def _with_another_byte(data: bytes, change: int) -> bytes:
+    """An even one near the middle: the lower half of a half-precision number."""
+    changed = bytearray(data)
+    changed[len(data) // 4 * 2] ^= change
+    return bytes(changed)

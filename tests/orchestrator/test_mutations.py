@@ -1,5 +1,7 @@
 """Faults that are put into the core and into the nodes on purpose: the simulator finds each of them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from edgellm.runtime.kv.copying.replicator import Replicator
 from edgellm.runtime.kv.fence import EpochFence
 from edgellm.runtime.kv.inbox import KvInbox
 from edgellm.runtime.kv.ledger import BlockLedger
+from edgellm.runtime.stages import wire as stage_wire
 
 SEEDS_TO_FIND_A_MUTATION = range(100)
 """Where what is drawn has changed since."""
@@ -72,6 +75,15 @@ def admit_what_is_stale(patch):
 
 def install_damaged_chunks(patch):
     patch.setattr(KvInbox, "_problem", lambda inbox, arriving, chunk: None)
+
+
+def believe_damaged_hidden_states(patch):
+    patch.setattr(stage_wire, "zlib", SimpleNamespace(crc32=lambda *_: 0))
+
+
+def believe_damaged_tokens(patch):
+    """Of a later stage, from which the first one goes on."""
+    patch.setattr(stage_wire, "_checksum", lambda step_id, samples: 0)
 
 
 def leak_blocks(patch):
@@ -140,6 +152,8 @@ CALM = staged()
 CRASH = staged(("crash", "d1", 0.9, 0.3))
 TWO_CRASHES = staged(("crash", "d1", 0.8, 0.3), ("crash", "d0", 1.0, 0.3))
 DAMAGE = staged(("corrupt", "p0", 0.0, 3.0))
+DAMAGED_STEPS = staged(("corrupt", "d0", 0.0, 3.0))
+DAMAGED_RESULTS = staged(("corrupt", "d1", 0.0, 3.0))
 DISORDER = staged(
     ("reorder", "p0", 0.0, 3.0), ("reorder", "d0", 0.0, 3.0), ("reorder", "d1", 0.0, 3.0), ("crash", "d1", 0.9, 0.3)
 )
@@ -152,6 +166,8 @@ MUTATIONS = {
     ignore_deadlines_and_timeouts: draw_scenario(12),
     admit_what_is_stale: draw_scenario(10),
     install_damaged_chunks: DAMAGE,
+    believe_damaged_hidden_states: DAMAGED_STEPS,
+    believe_damaged_tokens: DAMAGED_RESULTS,
     leak_blocks: CALM,
     count_a_prompt_complete_too_early: CRASH,
     copy_before_the_step_ended: CRASH,
@@ -161,7 +177,7 @@ MUTATIONS = {
 """Each with a scenario that shows it."""
 
 
-@pytest.mark.parametrize("scenario", [CALM, CRASH, TWO_CRASHES, DAMAGE, DISORDER])
+@pytest.mark.parametrize("scenario", [CALM, CRASH, TWO_CRASHES, DAMAGE, DAMAGED_STEPS, DAMAGED_RESULTS, DISORDER])
 def test_without_them_nothing_is_found(scenario):
     assert run_scenario(scenario, DualPool, Story(wanted=False)) is None
 
