@@ -10,7 +10,7 @@ from rich.console import Console
 from edgellm.builder.errors import BuildError
 from edgellm.orchestrator.local_cluster import ClusterStartError
 
-NAMES = ("engine", "failover", "gpu", "kernels", "system")
+NAMES = ("engine", "failover", "gpu", "kernels", "sharing", "stages", "system", "variants")
 WIDTH = 160
 """Of tables that go to a file."""
 

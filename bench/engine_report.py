@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
 
-from bench.comparison import KV_TOKENS, Compared
-from bench.machine_limits import Peaks
+from bench.comparison import Compared
+from bench.loading import KV_TOKENS
 from bench.pairs import DECODE_1, DECODE_8, DECODE_32, Pairing, Scenario, bytes_per_step, memory_is_fast
 from bench.peers.models import Model
 from bench.report import Target
@@ -45,10 +45,14 @@ class OursRow:
     """Median of the faster of one thread and all threads."""
     memory: str
     """`fast` where a second thread helps."""
+    bf16_gflop_per_s: float
+    """Peak of the machine, measured in the same run."""
     rss_mib: float
     load_s: float
     others: float
     """Share of the processors that others used."""
+    measured_at: str
+    """UTC; from the first to the last of its rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +67,16 @@ class PeerRow:
     of_limit: None = None
     read_gb_per_s: float
     memory: str
+    bf16_gflop_per_s: float
     rss_mib: float
     load_s: float
     others: float
+    measured_at: str
 
 
-def ours_rows(compared: Sequence[Compared], peaks: Peaks) -> list[OursRow]:
+def ours_rows(compared: Sequence[Compared]) -> list[OursRow]:
     """One per model and scenario that has any pairing."""
-    return [_ours_row(group, peaks) for group in _by_scenario(compared)]
+    return [_ours_row(group) for group in _by_scenario(compared)]
 
 
 def peer_rows(compared: Iterable[Compared]) -> list[PeerRow]:
@@ -108,20 +114,23 @@ def _by_scenario(compared: Sequence[Compared]) -> list[list[Compared]]:
     return [list(group) for _, group in groupby(paired, key)]
 
 
-def _ours_row(group: Sequence[Compared], peaks: Peaks) -> OursRow:
+def _ours_row(group: Sequence[Compared]) -> OursRow:
     first, pairings = group[0], list(_pairings(group))
+    times = sorted({result.measured_at for result in group})
     rounds = [r for pairing in pairings for r in pairing.rounds]
     return OursRow(
         model=first.model.name,
         scenario=first.scenario.name,
         engine=first.ours_name,
         tokens_per_s=statistics.median(pairing.ours_tokens_per_s for pairing in pairings),
-        of_limit=statistics.median(_of_limit(first, pairing, peaks) for pairing in pairings),
+        of_limit=statistics.median(_of_limit(*pair) for pair in zip(group, pairings, strict=True)),
         read_gb_per_s=statistics.median(r.read_gb_per_s for r in rounds),
         memory="fast" if memory_is_fast(rounds) else "slow",
+        bf16_gflop_per_s=statistics.median(result.peaks.bf16 for result in group),
         rss_mib=max(result.ours_rss_mib for result in group),
-        load_s=first.ours_load_s,
+        load_s=max(result.ours_load_s for result in group),
         others=max(pairing.others_share for pairing in pairings),
+        measured_at=" to ".join(dict.fromkeys((times[0], times[-1]))),
     )
 
 
@@ -134,16 +143,18 @@ def _peer_row(result: Compared, pairing: Pairing) -> PeerRow:
         ours_times=pairing.ratio,
         read_gb_per_s=statistics.median(r.read_gb_per_s for r in pairing.rounds),
         memory="fast" if memory_is_fast(pairing.rounds) else "slow",
+        bf16_gflop_per_s=result.peaks.bf16,
         rss_mib=result.peer_rss_mib,
         load_s=result.peer_load_s,
         others=pairing.others_share,
+        measured_at=result.measured_at,
     )
 
 
-def _of_limit(result: Compared, pairing: Pairing, peaks: Peaks) -> float:
+def _of_limit(result: Compared, pairing: Pairing) -> float:
     if result.scenario.phase == "prefill":
         flops_per_s = 2 * result.model.linear_parameters * pairing.ours_tokens_per_s
-        return flops_per_s / 1e9 / peaks.bf16 if peaks.bf16 else 0.0
+        return flops_per_s / 1e9 / result.peaks.bf16 if result.peaks.bf16 else 0.0
     read = result.ours_weight_bytes - embedding_bytes(result.model)
     return pairing.of_bandwidth(bytes_per_step(result.scenario, read, result.model.kv_bytes_per_token, pairing.steps))
 

@@ -90,6 +90,21 @@ class Pairing:
         """Share of the memory's speed at the same moment that ours reached."""
         return statistics.median(bytes_per_step * self.steps / r.ours_s / (1e9 * r.read_gb_per_s) for r in self.rounds)
 
+    @property
+    def read_gb_per_s(self) -> float:
+        return statistics.median(r.read_gb_per_s for r in self.rounds)
+
+    def extra_gb_per_s(self, extra_bytes: float) -> float:
+        """Of the bytes that each step of ours reads more than the other's, in the time that it takes longer."""
+        extra_s = statistics.median(r.ours_s - r.peer_s for r in self.rounds)
+        return extra_bytes * self.steps / (1e9 * extra_s)
+
+    def extra_of_bandwidth(self, extra_bytes: float) -> float:
+        """The same, round by round, over the memory's speed at that moment."""
+        return statistics.median(
+            extra_bytes * self.steps / (r.ours_s - r.peer_s) / (1e9 * r.read_gb_per_s) for r in self.rounds
+        )
+
 
 def clean(rounds: Sequence[Round]) -> tuple[Round, ...]:
     """Those in which nobody else used the machine."""

@@ -44,6 +44,26 @@ OURS: Final = {
     ),
 }
 
+VARIANTS: Final = {
+    "no outliers": Contender(
+        name="EdgeLLM INT4, no outlier channels",
+        environment=environments.PROJECT,
+        driver="edgellm_driver.py",
+        precision="int4-no-outliers",
+        phases=("decode",),
+        format="as INT4, but every channel in 4 bits",
+    ),
+    "int8 KV": Contender(
+        name="EdgeLLM INT4, INT8 KV",
+        environment=environments.PROJECT,
+        driver="edgellm_driver.py",
+        precision="int4-kv8",
+        phases=("decode",),
+        format="as INT4, but KV in 8 bits",
+    ),
+}
+"""Ours, differing in one thing."""
+
 TRANSFORMERS: Final = Contender(
     name="transformers BF16",
     environment=environments.PROJECT,
@@ -100,7 +120,7 @@ PEERS: Final = (
 
 def model_path(store: ModelStore, contender: Contender, model: Model, prepared: environments.Environment) -> Path:
     """Its files of a model, made if they are not there. Raises UnavailableError."""
-    if contender in OURS.values():
+    if contender in (*OURS.values(), *VARIANTS.values()):
         return store.ours(model, contender.precision)
     if contender.environment == environments.PROJECT:
         return store.hugging_face(model)

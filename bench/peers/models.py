@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from bench import rounding
 from bench.peers import compiled, environments, hf_folder
-from edgellm.builder.steps import StepCache, code_sha256
+from edgellm.builder.steps import StepCache
 from edgellm.engines.bundle import file_sha256
+from edgellm.engines.cpu.plan import BACKEND_VERSION
 
-Precision: TypeAlias = Literal["int4", "half"]
+Precision: TypeAlias = Literal["int4", "half", "int4-no-outliers", "int4-kv8"]
+"""Of the weights. The last two are forms of ours alone: without outlier channels, and with KV in 8 bits."""
 
 CONVERTERS: Final = Path(__file__).parent / "converters"
 CACHE: Final = environments.HERE.parent / "out" / "models"
@@ -106,7 +109,7 @@ class ModelStore:
     def ours(self, model: Model, precision: Precision) -> Path:
         """A compiled engine of ours, rounded to nearest without calibration."""
         source = self.hugging_face(model)
-        code = code_sha256("edgellm.engines.cpu", "edgellm.calib") + file_sha256(Path(compiled.__file__))
+        code = " ".join([BACKEND_VERSION, *(file_sha256(Path(module.__file__)) for module in (compiled, rounding))])
         inputs = {"source": source.name, "precision": precision, "code": code}
         return self._make(
             f"{model.name}-edgellm-{precision}", inputs, lambda folder: compiled.write(source, precision, folder)

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Report:
         machine=machine() | {"slots": SLOTS, "seconds_per_rate": duration_s, "though_busy": options.even_if_busy},
         results=[asdict(step) | {"holds": step.holds} for step in steps],
         targets=[] if options.even_if_busy or options.quick else targets(steps),
-        notes=[*notes, *_verdicts(steps), *_disturbed(steps)],
+        notes=[*notes, *_verdicts(steps), *unlike(steps), *_disturbed(steps)],
     )
     OUT.mkdir(exist_ok=True)
     (OUT / "system.json").write_text(report.as_json())
@@ -62,8 +62,8 @@ def _climb(server: Server, rates: Sequence[float], duration_s: float, say: Calla
     with server.start() as running:
         warm_up(running)
         for rate in rates:
-            say(f"{server.name} ({server.format}) at {rate:g} requests/s")
-            step = measure(server.name, running, rate, duration_s)
+            say(f"{server.name} ({server.weights}) at {rate:g} requests/s")
+            step = measure(server.name, server.weights, running, rate, duration_s)
             yield step
             if not step.holds:
                 return
@@ -82,6 +82,14 @@ def _verdicts(steps: Sequence[Step]) -> list[str]:
     bounds = f"TTFT p99 under {TTFT_P99_MS:g} ms and TPOT p99 under {TPOT_P99_MS:g} ms"
     names = dict.fromkeys(step.server for step in steps)
     return [f"{name}: {bounds} up to {highest_rate(steps, name):g} requests/s" for name in names]
+
+
+def unlike(steps: Sequence[Step]) -> list[str]:
+    """A sentence for each server whose weights have more bits than those that ours writes with."""
+    wide = dict.fromkeys((step.server, step.weights) for step in steps if "int4" not in step.weights)
+    return [
+        f"not the same precision: {server} has {weights} weights, ours writes with int4" for server, weights in wide
+    ]
 
 
 def _disturbed(steps: Sequence[Step]) -> list[str]:

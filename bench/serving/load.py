@@ -20,7 +20,7 @@ WARM_UP_REQUESTS: Final = 4
 _TOKEN_IDS: Final = range(300, 30000)
 
 
-def measure(name: str, running: Running, rate_per_s: float, duration_s: float) -> Step:
+def measure(name: str, weights: str, running: Running, rate_per_s: float, duration_s: float) -> Step:
     """One step of the table. Prompts differ from each other, and are the same for every server."""
     arrivals_s = poisson(rate_per_s, duration_s, seed=0)
     chance = random.Random(round(1000 * rate_per_s))
@@ -30,7 +30,7 @@ def measure(name: str, running: Running, rate_per_s: float, duration_s: float) -
     seen = asyncio.run(_ask_all(running, arrivals_s, prompts))
     whole_s = time.perf_counter() - started_s
     shares = busy.shares(before, busy.read_times(busy.family(running.pid)), busy.core_count())
-    return summarise(name, rate_per_s, len(prompts), seen, whole_s, shares.others + shares.stolen)
+    return summarise(name, weights, rate_per_s, len(prompts), seen, whole_s, shares.others + shares.stolen)
 
 
 def warm_up(running: Running) -> None:

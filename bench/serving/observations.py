@@ -31,6 +31,7 @@ class Step:
     """One server at one rate."""
 
     server: str
+    weights: str
     rate_per_s: float
     requests: int
     unfinished: int
@@ -52,11 +53,18 @@ class Step:
 
 
 def summarise(
-    server: str, rate_per_s: float, requests: int, seen: Sequence[Observation], whole_s: float, others: float
+    server: str,
+    weights: str,
+    rate_per_s: float,
+    requests: int,
+    seen: Sequence[Observation],
+    whole_s: float,
+    others: float,
 ) -> Step:
     """`seen`: of the requests that were answered; `whole_s`: from the first request to the last token."""
     return Step(
         server=server,
+        weights=weights,
         rate_per_s=rate_per_s,
         requests=requests,
         unfinished=requests - len(seen),

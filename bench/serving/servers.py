@@ -42,7 +42,8 @@ class Server:
     """`start` raises UnavailableError, or ClusterStartError for ours."""
 
     name: str
-    format: str
+    weights: str
+    """What is compared is not the same precision everywhere."""
     start: Callable[[], contextlib.AbstractContextManager[Running]]
 
 
@@ -52,11 +53,11 @@ def servers(bundle: Path, threads: int, say: Callable[[str], None]) -> list[Serv
     return [
         Server(
             name="EdgeLLM",
-            format="prefill node in bf16, decode node in INT4, each a process",
+            weights="bf16 to read, int4 to write",
             start=lambda: _edgellm(bundle),
         ),
-        Server(name="llama-server", format="Q4_0", start=lambda: _llama_server(environments, store, threads)),
-        Server(name="vLLM", format="bf16", start=lambda: _vllm(environments, store)),
+        Server(name="llama-server", weights="int4 (Q4_0)", start=lambda: _llama_server(environments, store, threads)),
+        Server(name="vLLM", weights="bf16", start=lambda: _vllm(environments, store)),
     ]
 
 
@@ -101,7 +102,8 @@ def _http_server(command: Sequence[str], variables: dict[str, str], port: int, m
 
     @contextlib.asynccontextmanager
     async def client() -> AsyncIterator[Client]:
-        yield OpenAiClient(port, model)
+        async with contextlib.aclosing(OpenAiClient(port, model)) as client:
+            yield client
 
     with tempfile.NamedTemporaryFile(prefix="bench-server-", suffix=".log") as log:
         process = subprocess.Popen(

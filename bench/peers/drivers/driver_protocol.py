@@ -2,8 +2,9 @@
 
 A driver runs in its peer's own environment, so this file needs nothing but Python's standard library.
 
-    {"do": "load", "model": PATH, "threads": 2, "max_batch": 32, "max_context": 4096, "real_time": true}
-                                          -> {"load_s": 1.2, "scheduler": "SCHED_RR 5"}
+    {"do": "load", "model": PATH, "phases": ["decode"], "threads": 2, "max_batch": 32, "kv_tokens": 8192,
+     "vocab_size": 32000, "real_time": true}
+                                          -> {"load_s": 1.2, "scheduler": "SCHED_RR 5"}   phases: what will be asked
     {"do": "prefill", "tokens": 512}      -> {"seconds": 2.1}   an empty cache before, the likeliest next token after
     {"do": "decode", "batch": 8, "context": 128, "steps": 16}
                                           -> {"seconds": 0.9}   of all steps; each takes the likeliest token

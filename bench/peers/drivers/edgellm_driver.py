@@ -11,7 +11,7 @@ from driver_protocol import Runner, random_tokens, seconds_of, serve
 
 from edgellm.engines.base import Batch
 from edgellm.engines.cpu.engine import CpuEngine, load_plan
-from edgellm.engines.kv import BlockId, HostKvPool
+from edgellm.engines.kv import BlockId, HostKvPool, KvContract
 from edgellm.engines.spec import EngineSpec
 
 
@@ -69,14 +69,24 @@ class EdgellmRunner:
         )
 
     def _fill(self, blocks: int) -> None:
-        """KV as of a prompt: half-precision numbers near zero."""
+        """KV as of a prompt: numbers near zero."""
         pool = self._engine.kv
-        values = pool.contract.block_bytes // 2
         for block in range(self._filled, blocks):
-            data = np.random.default_rng(block).normal(0, 0.1, (1, values)).astype(np.float16).view(np.uint8)
+            data = _random_block(pool.contract, block)
             for layer in pool.layers:
                 pool.write([BlockId(block)], layer, data)
         self._filled = max(self._filled, blocks)
+
+
+def _random_block(contract: KvContract, seed: int) -> npt.NDArray[np.uint8]:
+    """uint8 [1, block_bytes]; in 8 bits, the values of one vector share a scale."""
+    values = np.random.default_rng(seed).normal(0, 0.1, 2 * contract.values_per_block)
+    if contract.dtype == "fp16":
+        return values.astype(np.float16).view(np.uint8)[None]
+    scale = 0.5 / 127
+    scales = np.full(2 * contract.block_tokens * contract.kv_heads, scale, np.float16)
+    whole = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+    return np.concatenate([whole.view(np.uint8), scales.view(np.uint8)])[None]
 
 
 def load(job: dict[str, Any]) -> Runner:

@@ -1,0 +1,108 @@
+"""A bundle's nodes as processes, with room for the requests of a benchmark, and how fast they write together."""
+
+import statistics
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench.recovery import end_readers, start_readers, wait_until
+from edgellm.orchestrator.bundle import ServedBundle
+from edgellm.orchestrator.local_nodes import LocalNode, planned_nodes
+from edgellm.orchestrator.process_cluster import ProcessCluster
+
+STEADY_TOKENS: Final = 128
+"""Of each client, for a reading of throughput."""
+SAMPLES: Final = 8
+"""Of what nodes say of themselves, in that time."""
+FIRST_METRICS_PORT: Final = 19_400
+"""Below the ports that the system gives to whoever asks for any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleCluster:
+    """How a bundle is served; each cluster that runs beside another has a number of its own."""
+
+    bundle: ServedBundle
+    number: int = 0
+    spares: int = 0
+    copies: bool = False
+
+    @property
+    def nodes(self) -> list[LocalNode]:
+        return planned_nodes(self.bundle.index.plan, spares=self.spares)
+
+    @property
+    def metrics_ports(self) -> range:
+        """One for each node."""
+        first = FIRST_METRICS_PORT + 20 * self.number
+        return range(first, first + len(self.nodes))
+
+    def processes(self, folder: str, *, clients: int, tokens: int) -> ProcessCluster:
+        """Every node could hold all requests of so many tokens at once, and a copy of each."""
+        blocks = 2 * clients * (-(-tokens // self.bundle.index.kv.block_tokens) + 1)
+        nodes = {}
+        for node, port in zip(self.nodes, self.metrics_ports, strict=True):
+            options = ["--kv-blocks", str(blocks), "--metrics-port", str(port)]
+            options += ["--spare"] if node.spare else []
+            nodes[node.node_id] = (node.engine, *options)
+        options = () if self.copies else ("--no-hot-copies",)
+        return ProcessCluster(self.bundle.folder, Path(folder), nodes, serve_options=options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """Throughput of all clients while nothing fails, and what their copies cost."""
+
+    tokens_per_s: float
+    copied_bytes_per_token: float
+    lag_tokens: tuple[float, ...]
+    """Of the copy furthest behind, at several moments."""
+
+
+def write_steadily(
+    served: BundleCluster, cluster: ProcessCluster, name: str, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> Steady:
+    """From when all clients are in the middle of their answers until each has `STEADY_TOKENS` more."""
+    readers = start_readers(cluster, name, prompts, max_tokens)
+    start_s, bytes_before = time.perf_counter(), _metric(served, _COPIED)
+    lags = []
+    for sample in range(1, SAMPLES + 1):
+        wait_until(readers, lambda reader, due=sample * STEADY_TOKENS // SAMPLES: reader.since(start_s) >= due)  # type: ignore[misc]
+        lags.append(max(_metrics(served, _LAG)))
+    seconds = time.perf_counter() - start_s
+    tokens = sum(reader.since(start_s) for reader in readers)
+    copied = _metric(served, _COPIED) - bytes_before
+    end_readers(readers)
+    return Steady(tokens_per_s=tokens / seconds, copied_bytes_per_token=copied / tokens, lag_tokens=tuple(lags))
+
+
+def median_tokens_per_s(runs: Sequence[Steady]) -> float:
+    return statistics.median(run.tokens_per_s for run in runs)
+
+
+def median_ratio(runs: Sequence[Steady], others: Sequence[Steady]) -> float:
+    """Of throughputs that were measured by turns: the median over rounds."""
+    return statistics.median(run.tokens_per_s / other.tokens_per_s for run, other in zip(runs, others, strict=True))
+
+
+_COPIED: Final = 'edgellm_kv_copied_bytes{way="sent"}'
+_LAG: Final = "edgellm_kv_copy_lag_tokens"
+
+
+def _metric(served: BundleCluster, name: str) -> float:
+    """The sum over all nodes."""
+    return sum(_metrics(served, name))
+
+
+def _metrics(served: BundleCluster, name: str) -> list[float]:
+    """Of each node that has it."""
+    pages = (urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) for port in served.metrics_ports)
+    found = []
+    for page in pages:
+        with page:
+            lines = page.read().decode().splitlines()
+        found += [float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")]
+    return found

@@ -1,0 +1,123 @@
+"""Two pipeline stages on this machine beside one stage on the same cores: tokens per second of the same requests.
+
+Both clusters are up, each a prefill node and its decode nodes as processes, and take turns; the other one idles. The
+two bundles have to be built alike but for their cluster file.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from bench import busy
+from bench.clusters import BundleCluster, Steady, median_ratio, median_tokens_per_s, write_steadily
+from bench.report import Report, Target, machine
+from edgellm.engines.bundle import BUNDLE_FILE
+from edgellm.orchestrator.bundle import ServedBundle, open_bundle
+
+TOKEN_IDS: Final = range(300, 500)
+MAX_TOKENS: Final = 512
+"""Of an answer: more than any client gets before all of them have had enough."""
+SHARE_TARGET: Final = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Medians of rounds."""
+
+    stages: int
+    engines: str
+    requests: int
+    context: int
+    tokens_per_s: float
+    of_one_stage: float
+    """Tokens per second over those of one stage in the same round."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--two", type=Path, required=True, help="bundle of two decode stages")
+    parser.add_argument("--one", type=Path, required=True, help="bundle of one decode stage, built alike")
+    parser.add_argument("--rounds", type=int, default=5, help="of each, after one that does not count (%(default)s)")
+    parser.add_argument("--requests", type=int, default=8, help="running at once (%(default)s)")
+    parser.add_argument("--context", type=int, default=128, help="prompt tokens of each (%(default)s)")
+    parser.add_argument("--even-if-busy", action="store_true", help="measure all the same; nothing is held to targets")
+
+
+def run(options: argparse.Namespace) -> Report:
+    """Raises ClusterStartError, and ValueError if a request fails, others use the machine or the bundles differ."""
+    busy.refuse_if_busy(options.even_if_busy)
+    bundles = {"two": open_bundle(options.two), "one": open_bundle(options.one)}
+    check_alike(bundles["two"], bundles["one"])
+    served = {way: BundleCluster(bundle=bundle, number=n) for n, (way, bundle) in enumerate(bundles.items())}
+    runs = _by_turns(served, options)
+    rows = [_row(served[way], runs[way], runs["one"], options) for way in served]
+    return Report(
+        name="stages",
+        machine=machine() | {"rounds": options.rounds, "measured_although_busy": options.even_if_busy},
+        results=[asdict(row) for row in rows],
+        targets=[] if options.even_if_busy else [target(rows[0])],
+    )
+
+
+def check_alike(two: ServedBundle, one: ServedBundle) -> None:
+    """ValueError if the bundles have not two stages and one, or are not of one model, recipe and KV."""
+    counts = [len(_decode_engines(bundle)) for bundle in (two, one)]
+    if counts != [2, 1]:
+        raise ValueError(f"{two.folder} has {counts[0]} decode stages and {one.folder} {counts[1]}; needed are 2 and 1")
+    for part in ("model", "kv", "provenance"):
+        if _contents(two)[part] != _contents(one)[part]:
+            raise ValueError(f"{two.folder} and {one.folder} differ in {part}; build both alike but for --cluster")
+
+
+def _decode_engines(bundle: ServedBundle) -> list[str]:
+    return [placement.engine for placement in bundle.index.plan.placements if placement.role == "decode"]
+
+
+def _contents(bundle: ServedBundle) -> dict[str, object]:
+    return dict(json.loads((bundle.folder / BUNDLE_FILE).read_bytes()))
+
+
+def _by_turns(served: Mapping[str, BundleCluster], options: argparse.Namespace) -> dict[str, list[Steady]]:
+    """Every other round in the other order; the first does not count."""
+    runs: dict[str, list[Steady]] = {way: [] for way in served}
+    prompts = _prompts(options.requests, options.context)
+    with contextlib.ExitStack() as stack:
+        clusters = {}
+        for way, one in served.items():
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            cluster = one.processes(folder, clients=options.requests, tokens=options.context + MAX_TOKENS)
+            clusters[way] = stack.enter_context(cluster)
+            clusters[way].restore()
+        for number in range(options.rounds + 1):
+            for way in sorted(served, reverse=number % 2 == 0):
+                runs[way].append(write_steadily(served[way], clusters[way], f"round{number}", prompts, MAX_TOKENS))
+    return {way: taken[1:] for way, taken in runs.items()}
+
+
+def _prompts(requests: int, context: int) -> list[list[int]]:
+    chance = random.Random(context)
+    return [chance.choices(TOKEN_IDS, k=context) for _ in range(requests)]
+
+
+def _row(served: BundleCluster, runs: Sequence[Steady], one: Sequence[Steady], options: argparse.Namespace) -> Row:
+    engines = _decode_engines(served.bundle)
+    return Row(
+        stages=len(engines),
+        engines=", ".join(engines),
+        requests=options.requests,
+        context=options.context,
+        tokens_per_s=median_tokens_per_s(runs),
+        of_one_stage=median_ratio(runs, one),
+    )
+
+
+def target(row: Row) -> Target:
+    """Of the row of two stages."""
+    share = row.of_one_stage
+    name = f"two stages' share of one stage's tokens per second, {row.requests} requests"
+    return Target(name=name, value=share, target=SHARE_TARGET, met=share >= SHARE_TARGET)

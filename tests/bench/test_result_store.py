@@ -1,0 +1,119 @@
+"""Results that are kept, and what of them a report may be made of."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bench.busy import CpuShares
+from bench.comparison import Compared
+from bench.installed_code import Conditions, conditions, kernels_sha256
+from bench.machine_limits import Peaks
+from bench.pairs import DECODE_1, DECODE_8, Pairing, Round
+from bench.peers.contenders import PEERS
+from bench.peers.models import MODELS
+from bench.result_store import ResultStore, Wanted
+from edgellm.engines.cpu.plan import BACKEND_VERSION
+
+NOW = Conditions(cpu="a processor", threads=2, real_time=True, backend_version="cpu-9")
+CELL = Wanted(model=MODELS["134m"], peer=PEERS[0], scenario=DECODE_8)
+OTHER = Wanted(model=MODELS["134m"], peer=PEERS[1], scenario=DECODE_1)
+
+
+def result(cell: Wanted = CELL, ours_s: float = 1.0) -> Compared:
+    shares = CpuShares(others=0.01, stolen=0)
+    one = Round(ours_s=ours_s, peer_s=2, read_1_gb_per_s=10, read_2_gb_per_s=20, shares=shares)
+    return Compared(
+        model=cell.model,
+        scenario=cell.scenario,
+        peer=cell.peer,
+        pairing=Pairing(scenario=cell.scenario, steps=10, rounds=(one,) * 5),
+        reason="",
+        scheduler="SCHED_RR 5",
+        ours_name="EdgeLLM INT4",
+        ours_weight_bytes=1,
+        ours_load_s=0.1,
+        ours_rss_mib=10,
+        peer_load_s=2.0,
+        peer_rss_mib=900,
+        peaks=Peaks(fp32=1, bf16=2, int8=3),
+        measured_at="2026-01-01 10:00",
+        conditions=NOW,
+        kernels_sha256="kernels",
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultStore:
+    return ResultStore(folder=tmp_path / "engine")
+
+
+def test_a_result_comes_back_as_it_was(store: ResultStore) -> None:
+    store.write(result())
+    assert store.read(CELL) == result()
+    assert store.read(OTHER) is None
+
+
+def test_the_newer_result_of_a_cell_counts(store: ResultStore) -> None:
+    store.write(result())
+    store.write(result(ours_s=0.5))
+    assert store.read(CELL) == result(ours_s=0.5)
+    assert len(list(store.folder.iterdir())) == 1
+
+
+def test_results_of_several_runs_make_one_report(store: ResultStore) -> None:
+    store.write(result())
+    store.write(result(OTHER))
+    gathered = store.gather([CELL, OTHER], NOW, "kernels")
+    assert gathered.results == [result(), result(OTHER)]
+    assert gathered.notes == []
+
+
+def test_what_was_not_measured_is_said(store: ResultStore) -> None:
+    assert store.gather([CELL], NOW, "kernels").notes == [f"not measured: {CELL.name}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"backend_version": "cpu-10"}, "backend version cpu-9, now cpu-10"),
+        ({"threads": 4}, "threads 2, now 4"),
+        ({"cpu": "another"}, "cpu a processor, now another"),
+    ],
+)
+def test_a_result_of_other_conditions_is_left_out_and_named(
+    store: ResultStore, change: dict[str, object], said: str
+) -> None:
+    store.write(result())
+    now = dataclasses.replace(NOW, **change)  # type: ignore[arg-type]
+    gathered = store.gather([CELL], now, "kernels")
+    assert gathered.results == []
+    assert gathered.notes == [f"left out: {CELL.name}, of 2026-01-01 10:00: {said}"]
+    assert not store.is_current(CELL, now)
+
+
+def test_a_result_of_other_kernels_is_named(store: ResultStore) -> None:
+    store.write(result())
+    gathered = store.gather([CELL], NOW, "faster kernels")
+    assert gathered.results == [result()]
+    assert gathered.notes == [f"with other kernels than now: {CELL.name}, of 2026-01-01 10:00"]
+
+
+def test_a_cell_without_figures_is_measured_again(store: ResultStore) -> None:
+    assert not store.is_current(CELL, NOW)
+    store.write(dataclasses.replace(result(), pairing=None, reason="others used 40% of the processors"))
+    assert not store.is_current(CELL, NOW)
+    store.write(result())
+    assert store.is_current(CELL, NOW)
+
+
+def test_a_damaged_file_is_no_result(store: ResultStore) -> None:
+    store.write(result())
+    (file,) = store.folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert store.read(CELL) is None
+
+
+def test_conditions_name_the_version_that_is_installed() -> None:
+    assert conditions(threads=2, real_time=False).backend_version == BACKEND_VERSION
+    assert len(kernels_sha256()) == 64

@@ -1,0 +1,83 @@
+"""Two stages beside one, and what failures cost: from runs to rows and targets."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench.clusters import Steady, median_ratio
+from bench.failover_report import KILLED, Row, steady_row, targets
+from bench.stages import check_alike
+from edgellm.orchestrator.bundle import open_bundle
+
+
+def steady(tokens_per_s: float, lags: tuple[float, ...] = (0.0,)) -> Steady:
+    return Steady(tokens_per_s=tokens_per_s, copied_bytes_per_token=100, lag_tokens=lags)
+
+
+def test_a_slow_minute_hits_both_clusters() -> None:
+    assert median_ratio([steady(90), steady(9), steady(95)], [steady(100), steady(10), steady(100)]) == 0.9
+
+
+class TestFailover:
+    def test_copies_lag_by_tokens_and_by_the_time_that_these_take(self) -> None:
+        runs = [steady(400, (0, 2)), steady(400, (4, 10))]
+        row = steady_row("hot copy", 1024, 8, runs, [steady(500)] * 2)
+        assert (row.lag_tokens, row.lag_most_tokens, row.of_no_copies) == (3, 10, 0.8)
+        assert row.lag_ms == pytest.approx(60)
+        assert row.requests == 16
+
+    def test_only_what_was_measured_is_held_to_targets(self) -> None:
+        calm = steady_row("hot copy", 1024, 8, [steady(96)], [steady(100)])
+        found = {target.name: target.met for target in targets([calm], differing=0)}
+        assert list(found.values()) == [True, True, True]
+        assert not any("SIG" in name for name in found)
+
+    def test_the_longest_context_is_held_against_reading_again(self) -> None:
+        pauses = {
+            ("hot copy", 1024): 200,
+            ("token replay", 1024): 900,
+            ("hot copy", 4096): 300,
+            ("token replay", 4096): 900,
+        }
+        rows = [
+            Row(event=KILLED, way=way, context=context, requests=8, pause_ms=pause, pause_p99_ms=800)
+            for (way, context), pause in pauses.items()
+        ]
+        found = [(target.value, target.met) for target in targets(rows, differing=1)]
+        assert found == [(1, False), (200, True), (800, False), (3, False)]
+
+
+class TestBundles:
+    def bundle(self, folder: Path, stages: int, **changes: object) -> Path:
+        """Its table of contents alone: nothing else of it is looked at."""
+        placement = {"device": "a", "device_class": "cpu-local", "role": "decode", "num_layers": 4}
+        model = {
+            "id": "m",
+            "vocab_size": 8,
+            "max_seq_len": 64,
+            "num_layers": 4,
+            "bos_token_id": 1,
+            "eos_token_ids": [2],
+        }
+        contents = {
+            "schema_version": 1,
+            "model": model,
+            "kv": {"num_layers": 4, "kv_heads": 1, "head_dim": 8, "dtype": "fp16", "block_tokens": 32},
+            "plan": {"placements": [placement | {"engine": f"decode{n}"} for n in range(stages)]},
+            "provenance": {"outliers": "32"},
+        }
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "bundle.json").write_text(json.dumps(contents | changes))
+        return folder
+
+    def test_only_their_cluster_may_differ(self, tmp_path: Path) -> None:
+        two, one = self.bundle(tmp_path / "two", 2), self.bundle(tmp_path / "one", 1)
+        check_alike(open_bundle(two), open_bundle(one))
+        with pytest.raises(ValueError, match=r"has 1 decode stages and .* 2; needed are 2 and 1"):
+            check_alike(open_bundle(one), open_bundle(two))
+        other = self.bundle(tmp_path / "other", 1, provenance={"outliers": "0"})
+        with pytest.raises(ValueError, match="differ in provenance"):
+            check_alike(open_bundle(two), open_bundle(other))
