@@ -176,7 +176,7 @@ Global___RankReady: _TypeAlias = RankReady  # noqa: Y015
 
 @_typing.final
 class RankBeat(_message.Message):
-    """Every second, both ways, so that a process that hangs is told from one that has nothing to do."""
+    """Ten times a second, both ways, so that a process that hangs is told from one that has nothing to do."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -23,6 +23,7 @@ from edgellm.runtime.rpc import tensor_parallel_pb2 as pb
 from edgellm.runtime.rpc import tensor_parallel_pb2_grpc
 from edgellm.runtime.streams import write
 from edgellm.runtime.tasks import race
+from edgellm.runtime.tensor_parallel.ending import leave
 from edgellm.runtime.tensor_parallel.outbox import Outbox
 from edgellm.runtime.tensor_parallel.patience import Patience, Silence
 from edgellm.runtime.tensor_parallel.sums import connect, join_store
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 async def follow(config: NodeConfig, spec: EngineSpec, leader: str, patience: Patience) -> None:
-    """Until rank 0 or a signal says stop. Raises NodeError, also when rank 0 has gone."""
+    """Until rank 0 or a signal says stop. Raises NodeError; when rank 0 has gone, the process ends here."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -69,11 +70,13 @@ class Follower:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     async def run(self, welcome: pb.RankWelcome) -> None:
-        """Until rank 0 says stop. Raises NodeError."""
+        """Until rank 0 says stop. What ends the group ends the process here."""
         try:
             await race(self._read(), self._write(), self._beat(), self._work(welcome), self._until_crashed())
         except grpc.aio.AioRpcError as error:
-            raise self._leader_gone(error.code().name) from error
+            leave(self._leader_gone(error.code().name))
+        except NodeError as error:
+            leave(error)
         finally:
             self._thread.shutdown(wait=True)
 
@@ -122,6 +125,7 @@ class Follower:
             self._silence.heard()
             is_told_to_stop = message.WhichOneof("message") == "stop"
             if message.WhichOneof("message") != "beat":
+                self._silence.works()
                 self._orders.put_nowait(message)
         if not is_told_to_stop:
             raise self._leader_gone("it closed the stream")

@@ -37,6 +37,7 @@ class Peer:
             case "beat":
                 return
             case "ready":
+                self.silence.works()
                 self.ready.set()
             case "sent":
                 if share := self._shares.get(message.sent.transfer_id):

@@ -12,13 +12,14 @@ from edgellm.engines.batch import check_batch
 from edgellm.engines.bundle import bundle_sha256, open_bundle
 from edgellm.engines.kv import KvPool
 from edgellm.engines.spec import EngineSpec
-from edgellm.runtime.config import NodeConfig
+from edgellm.runtime.config import NodeConfig, NodeError
 from edgellm.runtime.kv.sender import Ranks
 from edgellm.runtime.loading import NodeEngines, load_engines, planned_kv_blocks
 from edgellm.runtime.rpc import tensor_parallel_pb2 as pb
 from edgellm.runtime.rpc import tensor_parallel_pb2_grpc
 from edgellm.runtime.server import NodeServer
 from edgellm.runtime.tasks import race
+from edgellm.runtime.tensor_parallel.ending import leave
 from edgellm.runtime.tensor_parallel.group import RankGroup
 from edgellm.runtime.tensor_parallel.patience import Patience
 from edgellm.runtime.tensor_parallel.servicer import TensorParallelServicer, listen
@@ -26,7 +27,7 @@ from edgellm.runtime.tensor_parallel.sums import connect, open_store
 
 
 async def lead(config: NodeConfig, spec: EngineSpec, address: str, patience: Patience) -> None:
-    """Serve until told to stop. Raises NodeError, also when another rank has gone."""
+    """Serve until told to stop. Raises NodeError; when another rank has gone, the process ends here."""
     store = await asyncio.to_thread(open_store, address, patience)
     kv_blocks = config.kv_blocks or planned_kv_blocks(open_bundle(config.bundle), spec)
     welcome = pb.RankWelcome(kv_blocks=kv_blocks, store_port=store.port)
@@ -41,8 +42,14 @@ async def lead(config: NodeConfig, spec: EngineSpec, address: str, patience: Pat
         server.stop_on_signals()
         await server.run()
 
+    async def watch() -> None:
+        try:
+            await group.watch()
+        except NodeError as error:
+            leave(error)
+
     async with _listening(group, address):
-        await race(serve(), group.watch())
+        await race(serve(), watch())
 
 
 class LeadingEngine:

@@ -259,7 +259,7 @@ def test_a_rank_that_goes_or_falls_silent_ends_the_watch():
         with pytest.raises(NodeError, match="rank 1 of 2 has gone"):
             await gone.watch()
         silent = group_of(2)
-        silent.join(1)
+        silent.join(1).handle(pb.RankMessage(ready=pb.RankReady()))
         async with asyncio.timeout(10):
             with pytest.raises(NodeError, match="rank 1 has said nothing"):
                 await silent.watch()
@@ -268,14 +268,23 @@ def test_a_rank_that_goes_or_falls_silent_ends_the_watch():
 
 
 def test_silence_is_counted_in_beats():
-    silence = Silence("rank 1", Patience(missed_beats=2))
+    silence = Silence("rank 1", Patience(beat_s=0.5, missed_beats=2, missed_loading=7))
+    silence.works()
     for _ in range(5):
         silence.beat()
         silence.beat()
         silence.heard()
     silence.beat()
     silence.beat()
-    with pytest.raises(NodeError, match="rank 1 has said nothing for 2 s"):
+    with pytest.raises(NodeError, match="rank 1 has said nothing for 1 s"):
+        silence.beat()
+
+
+def test_a_rank_that_loads_its_engine_has_longer():
+    silence = Silence("rank 1", Patience(beat_s=0.5, missed_beats=2, missed_loading=7))
+    for _ in range(7):
+        silence.beat()
+    with pytest.raises(NodeError, match=r"rank 1 has said nothing for 3.5 s"):
         silence.beat()
 
 

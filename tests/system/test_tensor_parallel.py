@@ -1,5 +1,6 @@
 """One prefill engine over two ranks: the logits of one rank, the text of one rank, and no loss when a rank dies."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from tests.system.test_answers import PROMPTS, story
 LIMITS = EngineLimits(max_rows=256, max_sequences=4, max_seq_len=512)
 BLOCKS = 16
 LOOPBACK = "127.0.0.1:1"
+REQUEST = api.GenerateRequest(token_ids=api.TokenIds(ids=[1, *range(3, 400)]), max_tokens=32, ignore_eos=True)
 RANKS_THAT_JUST_FIT = """
 [devices.nx0]
 class = "cpu-local"
@@ -179,9 +181,25 @@ def ranked_cluster(ranked_bundle: Path) -> Iterator[LocalCluster]:
         yield running
 
 
-def rank(cluster: LocalCluster, number: int) -> psutil.Process:
-    children = psutil.Process(cluster.process.pid).children(recursive=True)
-    return next(child for child in children if f"prefill-tp{number}of2" in child.cmdline())
+def ranks(cluster: LocalCluster) -> list[psutil.Process]:
+    """Rank 0 and rank 1, when their node has joined, again if need be."""
+    deadline_s = time.monotonic() + 60
+    with cluster.client() as stub:
+        while True:
+            nodes = stub.GetCluster(api.GetClusterRequest(), timeout=10).nodes
+            ready = {node.pid for node in nodes if node.state == "ready"}
+            children = psutil.Process(cluster.process.pid).children(recursive=True)
+            found = [child for number in range(2) for child in children if is_rank(child, number)]
+            if len(found) == 2 and found[0].pid in ready:
+                return found
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
+def is_rank(process: psutil.Process, number: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return f"prefill-tp{number}of2" in process.cmdline()
+    return False
 
 
 def test_a_cluster_with_two_ranks_answers_like_one_with_one(
@@ -203,20 +221,57 @@ def test_a_cluster_with_two_ranks_answers_like_one_with_one(
 def test_a_rank_killed_in_the_middle_of_a_prompt_changes_no_token(
     killed: int, ranked_cluster: LocalCluster, ask: Callable, everything_is_free: Callable
 ) -> None:
-    request = api.GenerateRequest(token_ids=api.TokenIds(ids=[1, *range(3, 400)]), max_tokens=32, ignore_eos=True)
     with ranked_cluster.client() as stub, ThreadPoolExecutor(1) as threads:
-        expected = ask(stub, request).token_ids
-        follower, victim = rank(ranked_cluster, 1), rank(ranked_cluster, killed)
-        follower.send_signal(signal.SIGSTOP)  # rank 0 comes to the first sum of the prompt, and waits
-        answer = threads.submit(ask, stub, request)
+        expected = ask(stub, REQUEST).token_ids
+        both = ranks(ranked_cluster)
+        both[1].send_signal(signal.SIGSTOP)  # rank 0 comes to the first sum of the prompt, and waits
+        answer = threads.submit(ask, stub, REQUEST)
         deadline_s = time.monotonic() + 30
         while not stub.GetCluster(api.GetClusterRequest(), timeout=10).prefilling:
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
         time.sleep(0.1)
-        victim.kill()
+        both[killed].kill()
         assert answer.result(timeout=120).token_ids == expected
         everything_is_free(stub)
-    psutil.wait_procs([follower, victim], timeout=30)
-    assert not follower.is_running()
-    assert not victim.is_running()
+    _, left = psutil.wait_procs(both, timeout=30)
+    assert left == []
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_is_left_by_the_others(
+    stopped: int, ranked_cluster: LocalCluster, ask: Callable, everything_is_free: Callable
+) -> None:
+    """Rank 0 does not wait in its sum until that gives up, which takes longer than this test lets it."""
+    with ranked_cluster.client() as stub, ThreadPoolExecutor(1) as threads:
+        both = ranks(ranked_cluster)
+        expected = ask(stub, REQUEST).token_ids
+        said = ranked_cluster.log.stat().st_size
+        both[stopped].send_signal(signal.SIGSTOP)
+        answer = threads.submit(ask, stub, REQUEST)
+        _, left = psutil.wait_procs([both[1 - stopped]], timeout=Patience().sum_s / 2)
+        assert left == []
+        lines = ranked_cluster.log.read_bytes()[said:].decode()
+        assert f"edgellm-node: tensor-parallel rank {stopped} has said nothing for 0.5 s" in lines
+        assert answer.result(timeout=120).token_ids == expected
+        everything_is_free(stub)
+    _, left = psutil.wait_procs(both, timeout=30)
+    assert left == []
+
+
+def test_a_rank_that_is_slow_is_not_left(
+    ranked_cluster: LocalCluster, ask: Callable, everything_is_free: Callable
+) -> None:
+    """It stands still for most of the time, and never for as long as one that is stopped."""
+    with ranked_cluster.client() as stub, ThreadPoolExecutor(1) as threads:
+        both = ranks(ranked_cluster)
+        expected = ask(stub, REQUEST).token_ids
+        answer = threads.submit(ask, stub, REQUEST)
+        for _ in range(12):
+            both[1].send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
+            both[1].send_signal(signal.SIGCONT)
+            time.sleep(0.03)
+        assert answer.result(timeout=120).token_ids == expected
+        everything_is_free(stub)
+    assert all(one.is_running() for one in both)
