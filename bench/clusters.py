@@ -1,5 +1,6 @@
 """A bundle's nodes as processes, with room for the requests of a benchmark, and how fast they write together."""
 
+import os
 import statistics
 import time
 import urllib.request
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench import busy
 from bench.recovery import end_readers, start_readers, wait_until
 from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.local_nodes import LocalNode, planned_nodes
@@ -60,6 +62,8 @@ class Steady:
     copied_bytes_per_token: float
     lag_tokens: tuple[float, ...]
     """Of the copy furthest behind, at several moments."""
+    others: float
+    """Share of the processors that neither these processes nor this one used."""
 
 
 def write_steadily(
@@ -67,16 +71,25 @@ def write_steadily(
 ) -> Steady:
     """From when all clients are in the middle of their answers until each has `STEADY_TOKENS` more."""
     readers = start_readers(cluster, name, prompts, max_tokens)
-    start_s, bytes_before = time.perf_counter(), _metric(served, _COPIED)
+    pids = busy.family(os.getpid())[1:]
+    before, bytes_before, start_s = busy.read_times(pids), _metric(served, _COPIED), time.perf_counter()
     lags = []
     for sample in range(1, SAMPLES + 1):
         wait_until(readers, lambda reader, due=sample * STEADY_TOKENS // SAMPLES: reader.since(start_s) >= due)  # type: ignore[misc]
         lags.append(max(_metrics(served, _LAG)))
     seconds = time.perf_counter() - start_s
     tokens = sum(reader.since(start_s) for reader in readers)
-    copied = _metric(served, _COPIED) - bytes_before
+    copied, shares = (
+        _metric(served, _COPIED) - bytes_before,
+        busy.shares(before, busy.read_times(pids), busy.core_count()),
+    )
     end_readers(readers)
-    return Steady(tokens_per_s=tokens / seconds, copied_bytes_per_token=copied / tokens, lag_tokens=tuple(lags))
+    return Steady(
+        tokens_per_s=tokens / seconds,
+        copied_bytes_per_token=copied / tokens,
+        lag_tokens=tuple(lags),
+        others=shares.others + shares.stolen,
+    )
 
 
 def median_tokens_per_s(runs: Sequence[Steady]) -> float:

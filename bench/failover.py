@@ -49,7 +49,7 @@ CALM_TOKENS: Final = 320
 EVENTS: Final = ("kill", "stop", "restart", "none")
 """A decode stage killed, one stopped, the orchestrator killed and started again, nothing."""
 WAYS: Final = ("hot copy", "token replay", "begin again")
-MIN_ANSWER_TOKENS: Final = 512
+MIN_ANSWER_TOKENS: Final = 1024
 """Room that a bundle must leave after a prompt."""
 
 
@@ -82,7 +82,9 @@ class Bench:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path(".demo/smollm2-135m"), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of each kind (%(default)s)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096], help="prompt tokens (%(default)s)")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="prompt tokens (default: 1024 and the longest up to 4096)"
+    )
     parser.add_argument("--events", nargs="+", choices=EVENTS, default=list(EVENTS), help="default: all")
     parser.add_argument("--chart", type=Path, help="write a chart here, where matplotlib is installed")
 
@@ -90,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     """Raises ClusterStartError, and ValueError if a request fails: then there is nothing to report."""
     bench = Bench(bundle=open_bundle(options.bundle), rounds=options.rounds)
-    _check_contexts(bench.bundle, options.contexts)
-    found = [part for event in options.events for part in _event(bench, event, options.contexts)]
+    contexts = choose_contexts(bench.bundle, options.contexts)
+    found = [part for event in options.events for part in _event(bench, event, contexts)]
     rows = [row for row, _ in found]
     if options.chart is not None:
         draw([(row.way, row.context, row.pause_ms) for row in rows if row.event == KILLED], options.chart)
@@ -103,14 +105,16 @@ def run(options: argparse.Namespace) -> Report:
     )
 
 
-def _check_contexts(bundle: ServedBundle, contexts: Sequence[int]) -> None:
-    """ValueError if answers would end before anything fails."""
+def choose_contexts(bundle: ServedBundle, wanted: Sequence[int] | None) -> list[int]:
+    """As wanted, or a short and a long one. ValueError if answers would end before anything fails."""
     longest = bundle.index.model.max_seq_len - MIN_ANSWER_TOKENS
-    if max(contexts) > longest:
+    contexts = sorted(wanted or {min(1024, longest), min(4096, longest)})
+    if contexts[-1] > longest:
         raise ValueError(
-            f"--contexts {max(contexts)}: {bundle.folder} has room for at most {longest} prompt tokens and an answer; "
+            f"--contexts {contexts[-1]}: {bundle.folder} has room for at most {longest} prompt tokens and an answer; "
             "build it with a larger --max-seq-len"
         )
+    return contexts
 
 
 def _event(bench: Bench, event: str, contexts: Sequence[int]) -> list[tuple[Row, int]]:

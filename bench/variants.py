@@ -13,9 +13,10 @@ from typing import Final
 from rich.console import Console
 
 from bench import busy
+from bench.engine_report import embedding_bytes
 from bench.loading import Loaded, Loader
 from bench.machine_limits import MachineLimits
-from bench.pairs import DECODE_1, MAX_STEPS, Pairing, Scenario
+from bench.pairs import DECODE_1, MAX_STEPS, Pairing, Scenario, bytes_per_step
 from bench.peers.contenders import OURS, VARIANTS
 from bench.peers.environments import Environments, UnavailableError
 from bench.peers.models import MODELS, Model, ModelStore
@@ -41,6 +42,8 @@ class Row:
     beside_tokens_per_s: float
     times: float
     """How many times faster than what it is beside: the median of rounds."""
+    of_bandwidth: float
+    """Packed weights and KV that a step reads, over the bandwidth read in the same round."""
     kv_gb_per_s: float | None = None
     """Of the KV that the long context has and the short one has not, in the time that it takes longer."""
     kv_of_bandwidth: float | None = None
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> Report:
         name="variants",
         machine=machine() | {"threads": options.threads, "measured_although_busy": options.even_if_busy},
         results=[asdict(row) for row in rows],
-        targets=[] if options.even_if_busy else [target(row) for row in rows],
+        targets=[] if options.even_if_busy else [found for row in rows if (found := target(row)) is not None],
         notes=[result for result in found if isinstance(result, str)],
     )
 
@@ -116,11 +119,16 @@ def _long_beside_short(model: Model, ours: Loaded, turns: Turns) -> Row | str:
     rounds, reason = turns.take(side(ours, LONG, steps), short)
     if not rounds:
         return f"not measured: KV of {ours.contender.name} on {model.name}: {reason}"
-    kv_bytes = (LONG.context - SHORT.context) * ours_kv_bytes_per_token(model, ours)
+    kv_bytes = (LONG.context - SHORT.context) * kv_bytes_per_token(model, ours)
     return row(model, ours, SHORT.name, Pairing(scenario=LONG, steps=steps, rounds=rounds), kv_bytes)
 
 
-def ours_kv_bytes_per_token(model: Model, ours: Loaded) -> int:
+def _step_bytes(model: Model, ours: Loaded, pairing: Pairing) -> float:
+    weight_bytes = ours.weight_bytes - embedding_bytes(model)
+    return bytes_per_step(pairing.scenario, weight_bytes, kv_bytes_per_token(model, ours), pairing.steps)
+
+
+def kv_bytes_per_token(model: Model, ours: Loaded) -> int:
     """As this engine stores it: INT8 has a half-precision scale per vector of a head."""
     if ours.contender != VARIANTS["int8 KV"]:
         return model.kv_bytes_per_token
@@ -137,6 +145,7 @@ def row(model: Model, ours: Loaded, beside: str, pairing: Pairing, kv_bytes: int
         beside=beside,
         beside_tokens_per_s=pairing.peer_tokens_per_s,
         times=pairing.ratio,
+        of_bandwidth=pairing.of_bandwidth(_step_bytes(model, ours, pairing)),
         kv_gb_per_s=None if kv_bytes is None else pairing.extra_gb_per_s(kv_bytes),
         kv_of_bandwidth=None if kv_bytes is None else pairing.extra_of_bandwidth(kv_bytes),
         read_gb_per_s=pairing.read_gb_per_s,
@@ -144,9 +153,11 @@ def row(model: Model, ours: Loaded, beside: str, pairing: Pairing, kv_bytes: int
     )
 
 
-def target(row: Row) -> Target:
-    """What was promised of a row: by what it is beside."""
+def target(row: Row) -> Target | None:
+    """What was promised of a row, by what it is beside. INT8 KV is to be faster, not to reach the bandwidth."""
     if row.kv_of_bandwidth is not None:
+        if row.what == VARIANTS["int8 KV"].name:
+            return None
         name, value, wanted = "of the bandwidth reading KV", row.kv_of_bandwidth, KV_BANDWIDTH_TARGET
         return Target(name=f"{row.model}, {row.what}, {name}", value=value, target=wanted, met=value >= wanted)
     if row.beside == VARIANTS["no outliers"].name:

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from bench.clusters import Steady, median_ratio
+from bench.failover import choose_contexts
 from bench.failover_report import KILLED, Row, steady_row, targets
 from bench.stages import check_alike
 from edgellm.orchestrator.bundle import open_bundle
 
 
 def steady(tokens_per_s: float, lags: tuple[float, ...] = (0.0,)) -> Steady:
-    return Steady(tokens_per_s=tokens_per_s, copied_bytes_per_token=100, lag_tokens=lags)
+    return Steady(tokens_per_s=tokens_per_s, copied_bytes_per_token=100, lag_tokens=lags, others=0)
 
 
 def test_a_slow_minute_hits_both_clusters() -> None:
@@ -49,21 +50,16 @@ class TestFailover:
         assert found == [(1, False), (200, True), (800, False), (3, False)]
 
 
+MODEL = {"id": "m", "vocab_size": 8, "max_seq_len": 64, "num_layers": 4, "bos_token_id": 1, "eos_token_ids": [2]}
+
+
 class TestBundles:
     def bundle(self, folder: Path, stages: int, **changes: object) -> Path:
         """Its table of contents alone: nothing else of it is looked at."""
         placement = {"device": "a", "device_class": "cpu-local", "role": "decode", "num_layers": 4}
-        model = {
-            "id": "m",
-            "vocab_size": 8,
-            "max_seq_len": 64,
-            "num_layers": 4,
-            "bos_token_id": 1,
-            "eos_token_ids": [2],
-        }
         contents = {
             "schema_version": 1,
-            "model": model,
+            "model": MODEL,
             "kv": {"num_layers": 4, "kv_heads": 1, "head_dim": 8, "dtype": "fp16", "block_tokens": 32},
             "plan": {"placements": [placement | {"engine": f"decode{n}"} for n in range(stages)]},
             "provenance": {"outliers": "32"},
@@ -72,6 +68,14 @@ class TestBundles:
         folder.mkdir()
         (folder / "bundle.json").write_text(json.dumps(contents | changes))
         return folder
+
+    def test_a_long_context_is_as_long_as_the_bundle_has_room_for(self, tmp_path: Path) -> None:
+        model = MODEL | {"max_seq_len": 4096}
+        bundle = open_bundle(self.bundle(tmp_path / "bundle", 1, model=model))
+        assert choose_contexts(bundle, None) == [1024, 3072]
+        assert choose_contexts(bundle, [2048, 512]) == [512, 2048]
+        with pytest.raises(ValueError, match=r"--contexts 4000.*larger --max-seq-len"):
+            choose_contexts(bundle, [1024, 4000])
 
     def test_only_their_cluster_may_differ(self, tmp_path: Path) -> None:
         two, one = self.bundle(tmp_path / "two", 2), self.bundle(tmp_path / "one", 1)

@@ -1,5 +1,6 @@
 """The engine beside itself: rows and targets from rounds, and the forms that are compared."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,21 @@ def row(beside: str, times: float = 1.0, kv_of_bandwidth: float | None = None) -
         beside=beside,
         beside_tokens_per_s=10,
         times=times,
+        of_bandwidth=0.7,
         kv_of_bandwidth=kv_of_bandwidth,
         read_gb_per_s=20,
         others=0,
     )
+
+
+def verdict(row: Row) -> bool | None:
+    found = target(row)
+    return None if found is None else found.met
+
+
+def test_int8_kv_need_not_reach_the_bandwidth() -> None:
+    slow = dataclasses.replace(row(SHORT.name, kv_of_bandwidth=0.3), what=VARIANTS["int8 KV"].name)
+    assert verdict(slow) is None
 
 
 def test_kv_is_read_in_the_time_that_a_long_context_takes_longer() -> None:
@@ -48,17 +60,17 @@ def test_kv_is_read_in_the_time_that_a_long_context_takes_longer() -> None:
 
 @pytest.mark.parametrize(("times", "met"), [(0.95, True), (0.9, False)])
 def test_outlier_channels_may_cost_little(times: float, met: bool) -> None:
-    assert target(row(VARIANTS["no outliers"].name, times)).met is met
+    assert verdict(row(VARIANTS["no outliers"].name, times)) is met
 
 
 @pytest.mark.parametrize(("times", "met"), [(1.7, True), (1.5, False)])
 def test_int8_kv_has_to_pay(times: float, met: bool) -> None:
-    assert target(row(OURS["int4"].name, times)).met is met
+    assert verdict(row(OURS["int4"].name, times)) is met
 
 
 @pytest.mark.parametrize(("share", "met"), [(0.8, True), (0.7, False)])
 def test_kv_has_to_be_read_fast(share: float, met: bool) -> None:
-    assert target(row(SHORT.name, kv_of_bandwidth=share)).met is met
+    assert verdict(row(SHORT.name, kv_of_bandwidth=share)) is met
 
 
 def test_a_long_run_ends_within_what_engines_are_compiled_for() -> None:
