@@ -1,7 +1,6 @@
 """Answers as clients see them, kept apart from any one connection: who lost its stream takes the answer up again."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -179,8 +178,8 @@ class Answers:
         return answer
 
     def _as_recovered(self, request: Written) -> RecoveredRequest:
-        spec, deadline_unix_s = request.accepted.spec, request.accepted.deadline_unix_s
-        if deadline_unix_s is not None:
-            spec = replace(spec, deadline_s=self._driver.clock() + deadline_unix_s - time.time())
+        spec, deadline = request.accepted.spec, request.accepted.deadline
+        if deadline is not None:
+            spec = replace(spec, deadline_s=deadline.here())
         tokens = tuple(token.token_id for token in request.tokens)
         return RecoveredRequest(spec=spec, tokens=tokens, nodes=request.nodes)

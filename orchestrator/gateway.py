@@ -1,7 +1,6 @@
 """The client side of the orchestrator: edgellm.v1.Inference."""
 
 import asyncio
-import time
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from edgellm.orchestrator.cluster_status import events_to_proto, nodes_to_proto
 from edgellm.orchestrator.core import commands
 from edgellm.orchestrator.core.events import RequestEnded
 from edgellm.orchestrator.core.values import RequestId, RequestSpec
+from edgellm.orchestrator.deadline import LastingDeadline
 from edgellm.orchestrator.driver import Driver
 from edgellm.orchestrator.journal import Accepted
 from edgellm.orchestrator.journal_writer import RESUMABLE_S
@@ -109,12 +109,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             unknown = error.kind == "unknown_model"
             code = grpc.StatusCode.NOT_FOUND if unknown else grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(code, str(error))
-        deadline_s = spec.deadline_s
         return Accepted(
             spec=spec,
             stop=tuple(request.stop),
             keep_s=request.keep_ms / 1e3,
-            deadline_unix_s=time.time() + deadline_s - self._driver.clock() if deadline_s is not None else None,
+            deadline=LastingDeadline.at(spec.deadline_s) if spec.deadline_s is not None else None,
         )
 
     def _new_text(self, accepted: Accepted) -> AnswerText:

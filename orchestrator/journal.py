@@ -13,6 +13,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from edgellm.orchestrator.core.values import FinishReason, NodeId, RequestId, RequestSpec, RequestStats, SampledToken
+from edgellm.orchestrator.deadline import LastingDeadline
 
 SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 1.0
@@ -31,13 +32,13 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """A request is under way. `deadline_unix_s` is the deadline in `spec`, whose own clock ends with the process."""
+    """A request is under way. `deadline` is the one in `spec`, whose own clock ends with the boot."""
 
     spec: RequestSpec
     stop: tuple[str, ...]
     keep_s: float
     """How long it goes on without a client."""
-    deadline_unix_s: float | None
+    deadline: LastingDeadline | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,10 @@ class CoreConfig:
     broken_link_grace_s: float = 0.15
     """A node that a peer cannot reach is most likely dead. If it is still there after so long, the link is what broke,
     and requests are moved away from it."""
-    unreachable_drain_s: float = 5.0
-    """For so long such a node gets nothing new, where others can do without it."""
+    link_pause_s: float = 5.0
+    """For so long a link between two nodes that failed is avoided, where there is another way; twice as long after each
+    further failure, until something gets through. A node that its pipeline cannot reach gets nothing new meanwhile."""
+    longest_link_pause_s: float = 60.0
     hot_copies: bool = True
     """Whether every stage's KV is copied to another node while it grows. Without copies the loss of a decode node costs
     reading the prompt again."""

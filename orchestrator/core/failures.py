@@ -24,6 +24,7 @@ def give_up_node(state: ClusterState, node: Node, reason: str) -> None:
 def bury_node(state: ClusterState, node: Node, reason: str) -> None:
     """Its process is gone, and with it all it held: what it worked on goes on elsewhere."""
     state.nodes.bury(node)
+    state.links.forget(node.connection)
     state.note_node(node, reason)
     why = f"node {node.profile.node_id} died: {reason}"
     restored, begun_again = 0, 0

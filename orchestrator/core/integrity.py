@@ -19,6 +19,8 @@ def check_integrity(state: ClusterState) -> None:
         _check_request(state, request)
     for node in state.nodes:
         _check_node(state, node)
+    if not state.links.ends <= {node.connection for node in state.nodes.alive()}:
+        raise IntegrityError("a link of a dead node is remembered")
 
 
 def _check_request(state: ClusterState, request: Request) -> None:

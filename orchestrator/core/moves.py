@@ -24,7 +24,8 @@ def _go_round(state: ClusterState, request: Request, stall: Stall) -> None:
     why = f"node {stall.peer} is out of reach of its pipeline"
     lost = set()
     if peer is not None and peer.state != "dead":
-        peer.unreachable_until_s = state.now_s + state.config.unreachable_drain_s
+        state.link_failed(stall.source, peer.connection)
+        peer.unreachable_until_s = state.links.avoided_until_s(stall.source, peer.connection)
         can_do_without = plan_for(state, request, {peer.connection}) is not None
         lost = {peer.connection} if can_do_without or request.attempts > 0 else set()
     go_on_without(state, request, lost, why, last_sign_s=stall.since_s)

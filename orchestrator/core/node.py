@@ -164,7 +164,7 @@ class Node:
     def max_sequences(self) -> int:
         return max((e.max_sequences for e in self.profile.engines if e.phase == self.profile.role), default=0)
 
-    def view(self, num_layers: int) -> NodeView:
+    def view(self, num_layers: int, avoid: frozenset[ConnectionId]) -> NodeView:
         return NodeView(
             connection=self.connection,
             node_id=self.profile.node_id,
@@ -176,6 +176,7 @@ class Node:
             prefill_tokens=self.prefill_tokens,
             running=self.working,
             can_prefill=self.can_prefill(num_layers),
+            avoid=avoid,
             kv_bytes_per_token=self.profile.kv_bytes_per_token,
             prefill_tokens_per_s=self.load.prefill_tokens_per_s,
             decode_step_ms=self.load.decode_step_ms,

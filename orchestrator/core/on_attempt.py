@@ -1,6 +1,7 @@
 """What happens when a node reports on an attempt. Reports of fenced attempts only free blocks."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
@@ -57,6 +58,8 @@ def kv_sent(state: ClusterState, event: KvSent) -> None:
     if request is None or not isinstance(request.phase, Decoding) or request.phase.kv_source != event.connection:
         return
     request.kv = event.transfer
+    for connection in connections_of(request.phase.pipeline):
+        state.links.worked(event.connection, connection)
     _note_kv_complete(state, request, request.phase)
 
 
@@ -82,7 +85,15 @@ def _take_token(state: ClusterState, request: Request, phase: Decoding, event: T
         if event.token.finish is not None:
             state.let_go(event.connection, event.attempt)
         _note_kv_complete(state, request, phase)
+        _note_links(state, request, phase)
         state.accept_token(request, event.token)
+
+
+def _note_links(state: ClusterState, request: Request, phase: Decoding) -> None:
+    """A second token from a pipeline shows that its stages reach each other: the first has come back to them."""
+    if request.attempts == 0 and len(request.tokens) > 1:
+        for source, target in pairwise(connections_of(phase.pipeline)):
+            state.links.worked(source, target)
 
 
 def attempt_failed(state: ClusterState, event: AttemptFailed) -> None:
@@ -93,6 +104,7 @@ def attempt_failed(state: ClusterState, event: AttemptFailed) -> None:
         state.finish(request, "error", event.message)
     else:
         if event.kind == "transfer":
+            _blame_link(state, request, event)
             request.avoid.add(event.connection)  # which end of the link is at fault, neither can tell
         delay_s = state.config.retry_delay_s * 2**request.attempts
         state.try_elsewhere(request, _culprit(state, event), event.message, delay_s=delay_s)
@@ -104,6 +116,15 @@ def _forgo(state: ClusterState, request: Request | None, event: AttemptFailed) -
         request.drop_copies_on(event.connection)
         request.no_copies_on.add(event.connection)
     state.release_on(event.connection, event.attempt)
+
+
+def _blame_link(state: ClusterState, request: Request, event: AttemptFailed) -> None:
+    """A sender names its peer; a receiver only knows that KV did not come."""
+    phase = request.phase
+    if event.peer is not None:
+        state.link_failed(event.connection, _culprit(state, event))
+    elif isinstance(phase, Decoding) and phase.kv_source is not None and not phase.kv_complete:
+        state.link_failed(phase.kv_source, event.connection)
 
 
 def _culprit(state: ClusterState, event: AttemptFailed) -> ConnectionId:

@@ -55,7 +55,7 @@ def pipeline_broken(state: ClusterState, event: PipelineBroken) -> None:
     requests = [request for attempt in event.attempts if (request := state.request_of(attempt)) is not None]
     for request in requests:
         if isinstance(request.phase, Decoding) and request.stalled is None:
-            request.stalled = Stall(peer=event.peer, since_s=state.now_s)
+            request.stalled = Stall(source=event.connection, peer=event.peer, since_s=state.now_s)
     if requests and peer is not None and peer.state != "dead":
         peer.suspect_until_s = state.now_s + state.config.broken_link_grace_s
         refresh_states(state)

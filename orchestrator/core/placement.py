@@ -18,7 +18,7 @@ def place_waiting(state: ClusterState, policy: Policy) -> None:
     waiting = _placeable(state)
     if not waiting:
         return
-    views = [node.view(state.config.num_layers) for node in state.nodes.alive()]
+    views = [_view(state, node) for node in state.nodes.alive()]
     placements = policy.plan(state.now_s, waiting, views, _pipelines(state, views))
     for placement in placements:
         _lease(state, state.requests[placement.request_id], placement)
@@ -32,6 +32,10 @@ def _placeable(state: ClusterState) -> list[WaitingRequest]:
         for request in state.requests.values()
         if isinstance(request.phase, Queued) and request.phase.not_before_s <= state.now_s
     ]
+
+
+def _view(state: ClusterState, node: Node) -> NodeView:
+    return node.view(state.config.num_layers, state.links.avoided_from(state.now_s, node.connection))
 
 
 def _pipelines(state: ClusterState, views: Sequence[NodeView]) -> tuple[Pipeline, ...]:
@@ -70,7 +74,7 @@ def _node(state: ClusterState, placement: Placement, connection: ConnectionId) -
 def _start(state: ClusterState, request: Request) -> None:
     phase = request.phase
     assert isinstance(phase, Prefilling)
-    request.copies = tuple(choose_copies(state, request, phase.attempt, phase.pipeline))
+    request.copies = tuple(choose_copies(state, request, phase))
     names = state.nodes.names(phase.prefill, *connections_of(phase.pipeline))
     state.note_request(request, "prefilling", f"{phase.path}, {names}")
     state.out.append(

@@ -45,6 +45,8 @@ class NodeView:
     """Requests that hold blocks on it."""
     can_prefill: bool
     """Has the half-precision engine."""
+    avoid: frozenset[ConnectionId]
+    """Nodes that what it sent did not reach lately: it sends them KV only if nothing else is left."""
     kv_bytes_per_token: int
     prefill_tokens_per_s: float
     """Measured, or 0."""

@@ -6,33 +6,46 @@ from dataclasses import replace
 from edgellm.orchestrator.core.addresses import copies_of
 from edgellm.orchestrator.core.commands import ProtectAttempt
 from edgellm.orchestrator.core.events import CopyLost, KvCopied
-from edgellm.orchestrator.core.pipelines import Pipeline, Stage, connections_of, holders_for
-from edgellm.orchestrator.core.requests import Decoding, Request
+from edgellm.orchestrator.core.pipelines import Stage, connections_of, holders_for
+from edgellm.orchestrator.core.requests import Decoding, Prefilling, Request, Working
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.takeover import Copy
-from edgellm.orchestrator.core.values import AttemptId, ConnectionId, Layers
+from edgellm.orchestrator.core.values import AttemptId, ConnectionId
 
 
-def choose_copies(state: ClusterState, request: Request, attempt: AttemptId, pipeline: Pipeline) -> Iterator[Copy]:
+def choose_copies(state: ClusterState, request: Request, phase: Working) -> Iterator[Copy]:
     """A copy for each stage that has none kept up, where a node has room; its blocks are leased here."""
     if not state.config.hot_copies:
         return
-    for stage in pipeline:
+    for stage in phase.pipeline:
         if any(copy.live and copy.layers == stage.layers for copy in request.copies):
             continue
-        holder = _choose_holder(state, request, attempt, stage)
+        reader = phase.prefill if isinstance(phase, Prefilling) else stage.connection
+        holder = _choose_holder(state, request, phase.attempt, stage, reader)
         if holder is not None:
             tokens = max((copy.tokens for copy in request.copies if _is_at(copy, stage, holder)), default=0)
-            yield Copy(layers=stage.layers, source=stage.connection, holder=holder, tokens=tokens, since_s=state.now_s)
+            yield Copy(
+                layers=stage.layers,
+                source=stage.connection,
+                reader=reader,
+                holder=holder,
+                tokens=tokens,
+                since_s=state.now_s,
+            )
 
 
 def _is_at(copy: Copy, stage: Stage, holder: ConnectionId) -> bool:
     return copy.layers == stage.layers and copy.holder == holder
 
 
-def _choose_holder(state: ClusterState, request: Request, attempt: AttemptId, stage: Stage) -> ConnectionId | None:
+def _choose_holder(
+    state: ClusterState, request: Request, attempt: AttemptId, stage: Stage, reader: ConnectionId
+) -> ConnectionId | None:
+    """Those that the stage, or `reader`, which sends the prompt's KV, did not reach lately are the last choice."""
     blocks = state.config.blocks_for(request.capacity_tokens)
-    for connection in holders_for(stage, state.nodes.carriers(state.config.cut), state.config.cut):
+    avoid = {one for sender in (reader, stage.connection) for one in state.links.avoided_from(state.now_s, sender)}
+    table = holders_for(stage, state.nodes.carriers(state.config.cut), state.config.cut)
+    for connection in sorted(table, key=lambda holder: holder in avoid):
         node = state.nodes.get(connection)
         may_hold = node is not None and node.state == "ready" and connection not in request.no_copies_on
         if node is not None and may_hold and node.lease_copy(attempt, blocks):
@@ -62,7 +75,7 @@ def _may_protect(state: ClusterState, request: Request, phase: Decoding) -> bool
 
 def _protect(state: ClusterState, request: Request, phase: Decoding) -> int:
     """Returns how many copies were begun."""
-    made = tuple(choose_copies(state, request, phase.attempt, phase.pipeline))
+    made = tuple(choose_copies(state, request, phase))
     request.protect_from_s = state.now_s + state.config.protect_pause_s
     replaced = {(copy.layers, copy.holder) for copy in made}
     request.copies = (*(c for c in request.copies if (c.layers, c.holder) not in replaced), *made)
@@ -81,6 +94,7 @@ def _give_up_late_copies(state: ClusterState) -> None:
         for copy in request.copies:
             late = state.now_s - copy.since_s > state.config.copy_timeout_s
             if late and _is_being_made(request, copy):
+                state.link_failed(copy.reader, copy.holder)
                 _lose_copy(state, request, request.phase.attempt, copy)
 
 
@@ -90,19 +104,27 @@ def kv_copied(state: ClusterState, event: KvCopied) -> None:
         request = state.request_of(held.attempt)
         if request is not None:
             tokens = min(held.tokens, request.capacity_tokens)
-            request.copies = tuple(_grown(copy, event.connection, held.layers, tokens) for copy in request.copies)
+            request.copies = tuple(
+                _grown(state, request, copy, tokens)
+                if copy.holder == event.connection and copy.layers in held.layers
+                else copy
+                for copy in request.copies
+            )
 
 
-def _grown(copy: Copy, holder: ConnectionId, layers: Layers, tokens: int) -> Copy:
-    if copy.holder != holder or copy.layers not in layers:
+def _grown(state: ClusterState, request: Request, copy: Copy, tokens: int) -> Copy:
+    if tokens <= copy.tokens:
         return copy
-    return replace(copy, tokens=max(copy.tokens, tokens))
+    state.links.worked(copy.reader if copy.tokens < len(request.spec.prompt) else copy.source, copy.holder)
+    return replace(copy, tokens=tokens)
 
 
 def copy_lost(state: ClusterState, event: CopyLost) -> None:
     request, holder = state.request_of(event.attempt), state.nodes.named(event.holder)
     if request is None or holder is None:
         return
+    if event.connection != holder.connection:
+        state.link_failed(event.connection, holder.connection)
     for copy in request.copies:
         if copy.holder == holder.connection and copy.layers in event.layers:
             _lose_copy(state, request, event.attempt, copy)

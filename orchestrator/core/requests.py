@@ -70,8 +70,9 @@ Working: TypeAlias = Prefilling | Decoding
 
 @dataclass(frozen=True, kw_only=True)
 class Stall:
-    """A node of the pipeline cannot reach the next."""
+    """A node of the pipeline, `source`, cannot reach the next."""
 
+    source: ConnectionId
     peer: NodeId
     since_s: float
 

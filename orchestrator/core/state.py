@@ -11,6 +11,7 @@ from edgellm.orchestrator.core.commands import (
     ReleaseAttempt,
 )
 from edgellm.orchestrator.core.config import CoreConfig
+from edgellm.orchestrator.core.links import Links
 from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.nodes import NodeRegistry
 from edgellm.orchestrator.core.requests import Queued, Request
@@ -23,6 +24,7 @@ class ClusterState:
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self.nodes = NodeRegistry(config)
+        self.links = Links(config)
         self.requests: dict[RequestId, Request] = {}
         self.finished_count = 0
         self.now_s = 0.0
@@ -50,6 +52,16 @@ class ClusterState:
         node = self.nodes.get(connection)
         if node is not None and node.end_lease(attempt):
             self.may_place = True
+
+    def link_failed(self, source: ConnectionId, target: ConnectionId) -> None:
+        """Between two nodes that are both alive. What else was on the link and fails with it tells nothing new."""
+        sender, receiver = self.nodes.get(source), self.nodes.get(target)
+        if sender is None or receiver is None or sender is receiver:
+            return
+        if self.now_s < self.links.avoided_until_s(source, target):
+            return
+        pause_s = self.links.failed(self.now_s, source, target)
+        self.note_node(receiver, f"{sender.profile.node_id} does not reach it: avoided for {pause_s:.0f} s")
 
     def release(self, request: Request) -> None:
         """Tell every node that may hold something of the request to forget it."""

@@ -13,6 +13,8 @@ class Copy:
 
     layers: Layers
     source: ConnectionId
+    reader: ConnectionId
+    """Sends it the KV of the prompt: the node that reads the prompt, or `source` where it was read already."""
     holder: ConnectionId
     tokens: int = 0
     """Its first positions, as far as the holder has reported."""
@@ -138,7 +140,13 @@ def plan_from_parts(
         stages.append(Stage(connection=best.connection, layers=layers))
         tokens = min(tokens, best.tokens)
         copies += [
-            Copy(layers=layers, source=best.connection, holder=part.connection, tokens=part.tokens)
+            Copy(
+                layers=layers,
+                source=best.connection,
+                reader=best.connection,
+                holder=part.connection,
+                tokens=part.tokens,
+            )
             for part in able
             if part.connection != best.connection
         ]

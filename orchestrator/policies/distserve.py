@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
-from edgellm.orchestrator.policies.room import Room, fits
+from edgellm.orchestrator.policies.room import Decoders, Room, avoided, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +37,19 @@ class DistServe:
         return placements
 
     def _place(self, request: WaitingRequest, room: Room) -> Placement | None:
-        decoders = room.decoders(request)
-        if not decoders:
+        pairs = [(n, d) for d in room.decoders(request) for n in room.prefillers() if self._has_turn(request, n, d)]
+        if not pairs:
             return None
-        chosen = min(decoders, key=lambda d: (not d.connections.isdisjoint(request.avoid), -d.free_blocks))
-        prefillers = [n for n in room.prefillers() if n.connection in chosen.connections or self._has_turn(request, n)]
-        if not prefillers:
-            return None
-        reader = min(prefillers, key=lambda node: (node.connection in request.avoid, node.prefill_tokens))
+        reader, decode = min(
+            pairs, key=lambda pair: (avoided(request, *pair), -pair[1].free_blocks, pair[0].prefill_tokens)
+        )
         return Placement(
-            request_id=request.request_id, prefill=reader.connection, pipeline=chosen.pipeline, path="remote"
+            request_id=request.request_id, prefill=reader.connection, pipeline=decode.pipeline, path="remote"
         )
 
-    def _has_turn(self, request: WaitingRequest, node: NodeView) -> bool:
+    def _has_turn(self, request: WaitingRequest, node: NodeView, decode: Decoders) -> bool:
+        if node.connection in decode.connections:
+            return True
         ahead = node.prefill_tokens
         in_batch = ahead == 0 or ahead + request.prompt_tokens <= self.max_batch_tokens
         return in_batch and fits(node, request.prompt_blocks)

@@ -8,7 +8,7 @@ from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
 from edgellm.orchestrator.core.values import PrefillPath
 from edgellm.orchestrator.policies.cost import CostModel
-from edgellm.orchestrator.policies.room import Decoders, Room, fits
+from edgellm.orchestrator.policies.room import Decoders, Room, avoided, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class DualPool:
         return _Option(
             placement=_placement(request, prefill, decode, "remote"),
             cost_s=self.cost.remote_s(request, prefill, decode) + self._crowding_s(decode),
-            avoided=len({prefill.connection, *decode.connections} & request.avoid),
+            avoided=avoided(request, prefill, decode),
             now=has_turn and fits(prefill, request.prompt_blocks),
         )
 
@@ -95,7 +95,7 @@ class DualPool:
         return _Option(
             placement=_placement(request, decode.head, decode, "local"),
             cost_s=self.cost.local_s(request, decode) + self._crowding_s(decode),
-            avoided=len(decode.connections & request.avoid),
+            avoided=avoided(request, decode.head, decode),
             now=True,
         )
 

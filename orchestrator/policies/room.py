@@ -33,6 +33,12 @@ class Decoders:
         return min(node.free_blocks for node in self.nodes)
 
 
+def avoided(request: WaitingRequest, prefill: NodeView, decode: Decoders) -> int:
+    """How many nodes the request failed on before, and links that failed lately: used only if nothing else is left."""
+    nodes = {prefill.connection, *decode.connections} & request.avoid
+    return len(nodes) + len(prefill.avoid & decode.connections)
+
+
 class Room:
     """Node views that shrink with each placement taken."""
 

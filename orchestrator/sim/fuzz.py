@@ -36,6 +36,7 @@ _BOUNDS = {
     "dead_after_s": 1.0,
     "release_timeout_s": 5.0,
     "attempt_timeout_s": 5.0,
+    "link_pause_s": 1.0,
     "placement_timeout_s": 50.0,
     "max_attempts": 1000,
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
     Sampling,
 )
+from edgellm.orchestrator.deadline import LastingDeadline
 from edgellm.orchestrator.driver import EPOCHS_RESERVED, Driver
 from edgellm.orchestrator.journal import Accepted, Emitted, Ended, EpochsReserved, JournalError, JournalFile, Placed
 from edgellm.orchestrator.journal_writer import JournalWriter
@@ -35,6 +37,7 @@ from edgellm.orchestrator.wire_in import WireError, profile_from_proto
 from edgellm.runtime.rpc import cluster_pb2
 from tests.orchestrator.profiles import simulated_config, simulated_profile
 
+DEADLINE = LastingDeadline(monotonic_s=12.5, boot_id="boot", unix_s=1.8e9)
 STATS = RequestStats(
     prompt_tokens=3,
     generated_tokens=2,
@@ -55,7 +58,7 @@ def accepted(name, **fields):
     spec = RequestSpec(
         request_id=RequestId(name), prompt=(1, 2, 3), generation=Generation(max_tokens=4, sampling=sampling)
     )
-    return Accepted(spec=replace(spec, **fields), stop=("\n\n", "é"), keep_s=1.5, deadline_unix_s=None)
+    return Accepted(spec=replace(spec, **fields), stop=("\n\n", "é"), keep_s=1.5, deadline=DEADLINE)
 
 
 def emitted(name, index, logprob=None):
@@ -73,6 +76,21 @@ def test_everything_comes_back_as_it_was_written(tmp_path):
     assert (first.accepted, first.nodes, first.ended) == (accepted("a"), placed.nodes, None)
     assert first.tokens == (emitted("a", 0, -0.25).token, emitted("a", 1).token)
     assert (second.accepted, second.ended) == (accepted("b"), ended)
+
+
+@pytest.mark.parametrize("set_by_s", [0.0, 3600.0, -3600.0])
+def test_a_deadline_stays_where_it_is_when_the_clock_is_set(set_by_s, monkeypatch):
+    deadline = LastingDeadline.at(time.monotonic() + 5.0)
+    unix_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: unix_s + set_by_s)
+    assert deadline.here() == deadline.monotonic_s
+
+
+def test_after_another_boot_a_deadline_is_where_the_time_of_day_puts_it(monkeypatch):
+    deadline = replace(LastingDeadline.at(time.monotonic() + 5.0), boot_id="an earlier one")
+    monkeypatch.setattr(time, "monotonic", lambda: 3.0)
+    monkeypatch.setattr(time, "time", lambda: deadline.unix_s - 2.0)
+    assert deadline.here() == pytest.approx(5.0)
 
 
 def test_an_id_that_is_used_again_begins_anew(tmp_path):

@@ -23,6 +23,7 @@ def node(connection: int, role: str = "decode", **fields) -> NodeView:
         "prefill_tokens": 0,
         "running": 0,
         "can_prefill": True,
+        "avoid": frozenset(),
         "kv_bytes_per_token": 10_000,
         "prefill_tokens_per_s": 1000.0,
         "decode_step_ms": 10.0,
@@ -97,6 +98,19 @@ def test_nodes_that_failed_it_are_used_last():
     request = waiting(avoid=frozenset({ConnectionId(2)}))
     assert plan([request], [PREFILL, DECODE, node(3)]) == [("r", "remote", 1, 3)]
     assert plan([request], [PREFILL, DECODE]) == [("r", "remote", 1, 2)]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_links_that_failed_are_used_last(policy):
+    nodes = [node(1, "prefill", avoid=frozenset({ConnectionId(2)})), node(2, can_prefill=False, free_blocks=200)]
+
+    def receiver(nodes):
+        (placement,) = POLICIES[policy]().plan(0.0, [waiting()], nodes, pipelines_of(nodes))
+        return placement.prefill, *connections_of(placement.pipeline)
+
+    assert receiver(nodes) == (1, 2)
+    assert receiver([*nodes, node(3, can_prefill=False)]) == (1, 3)
+    assert receiver([*nodes, node(4, "prefill", prefill_tokens=3000)]) == (4, 2)
 
 
 def test_least_slack_first_and_takeovers_before_all():
