@@ -86,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contexts", type=int, nargs="+", help="prompt tokens (default: 1024 and the longest up to 4096)"
     )
     parser.add_argument("--events", nargs="+", choices=EVENTS, default=list(EVENTS), help="default: all")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="to go on after a kill; default: all"
+    )
     parser.add_argument("--chart", type=Path, help="write a chart here, where matplotlib is installed")
 
 
@@ -93,7 +96,7 @@ def run(options: argparse.Namespace) -> Report:
     """Raises ClusterStartError, and ValueError if a request fails: then there is nothing to report."""
     bench = Bench(bundle=open_bundle(options.bundle), rounds=options.rounds)
     contexts = choose_contexts(bench.bundle, options.contexts)
-    found = [part for event in options.events for part in _event(bench, event, contexts)]
+    found = [part for event in options.events for part in _event(bench, event, contexts, options.ways)]
     rows = [row for row, _ in found]
     if options.chart is not None:
         draw([(row.way, row.context, row.pause_ms) for row in rows if row.event == KILLED], options.chart)
@@ -117,11 +120,11 @@ def choose_contexts(bundle: ServedBundle, wanted: Sequence[int] | None) -> list[
     return contexts
 
 
-def _event(bench: Bench, event: str, contexts: Sequence[int]) -> list[tuple[Row, int]]:
+def _event(bench: Bench, event: str, contexts: Sequence[int], ways: Sequence[str]) -> list[tuple[Row, int]]:
     """Rows, each with how many clients got other tokens than in a calm run."""
     match event:
         case "kill":
-            return [_failures(bench, context, way, signal.SIGKILL) for context in contexts for way in WAYS]
+            return [_failures(bench, context, way, signal.SIGKILL) for context in contexts for way in ways]
         case "stop":
             return [_failures(bench, contexts[0], "hot copy", signal.SIGSTOP)]
         case "restart":

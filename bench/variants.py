@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> Report:
         name="variants",
         machine=machine() | {"threads": options.threads, "measured_although_busy": options.even_if_busy},
         results=[asdict(row) for row in rows],
-        targets=[] if options.even_if_busy else [found for row in rows if (found := target(row)) is not None],
+        targets=[] if options.even_if_busy else [one for row in rows if (one := target(row)) is not None],
         notes=[result for result in found if isinstance(result, str)],
     )
 
