@@ -66,20 +66,22 @@ class ProcessCluster:
     def restore(self, timeout_s: float = 60.0) -> None:
         """Start what has ended, let go on what was stopped, and wait until all nodes are ready.
 
-        Raises ClusterStartError.
+        Raises ClusterStartError, at once where a process ends that was started here; another one may be about to end
+        while this waits, and is started then.
         """
-        for name in self._commands:
-            process = self.processes.get(name)
-            if process is None or process.poll() is not None:
-                self.start(name)
-            else:
-                process.send_signal(signal.SIGCONT)
+        for process in self.processes.values():
+            process.send_signal(signal.SIGCONT)
+        started: set[str] = set()
         deadline_s = time.monotonic() + timeout_s
-        while (missing := self._missing()) and not self._ended(missing) and time.monotonic() < deadline_s:
+        while missing := self._missing():
+            ended = [name for name in missing if not self._runs(name)]
+            if started.intersection(ended) or time.monotonic() > deadline_s:
+                said = "\n".join(f"{name}: {self._said(name)}" for name in missing)
+                raise ClusterStartError(f"{', '.join(missing)} did not become ready:\n{said}")
+            for name in ended:
+                self.start(name)
+            started.update(ended)
             time.sleep(_LOOK_S)
-        if missing:
-            said = "\n".join(f"{name}: {self._said(name)}" for name in missing)
-            raise ClusterStartError(f"{', '.join(missing)} did not become ready:\n{said}")
 
     @contextlib.contextmanager
     def client(self) -> Iterator[InferenceStub]:
@@ -114,17 +116,19 @@ class ProcessCluster:
             if name in self.processes:
                 _end(self.processes[name])
 
-    def _ended(self, names: Sequence[str]) -> bool:
-        return any(self.processes[name].poll() is not None for name in names)
+    def _runs(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].poll() is None
 
     def _said(self, name: str) -> str:
         """The end of its log, which is gone when the cluster is."""
         return (self.folder / f"{name}.log").read_text(errors="replace")[-1000:].strip() or "no output"
 
     def _missing(self) -> list[str]:
+        """Those that do not run, and nodes that are not ready."""
         status = self.status()
         ready = {} if status is None else {node.node_id: node.pid for node in status.nodes if node.state == "ready"}
-        return [name for name in self.nodes if ready.get(name) != self.processes[name].pid]
+        waiting = [name for name in self.nodes if not self._runs(name) or ready.get(name) != self.processes[name].pid]
+        return waiting if self._runs(ORCHESTRATOR) else [ORCHESTRATOR, *waiting]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,5 +1,6 @@
 """What the loss of a node does to its requests: each goes on from copies, or begins again elsewhere."""
 
+import math
 from collections.abc import Collection
 
 from edgellm.orchestrator.core.addresses import copies_of, stages_of
@@ -111,18 +112,23 @@ def start_decode(
 def _is_worse(state: ClusterState, request: Request, takeover: Takeover) -> bool:
     """Whether it would go on at a far slower device for so long that reading the prompt again is predicted to end
     sooner, on a pipeline for new requests. Nearer speeds are mostly chance, and copies spare everybody the reading."""
-    nodes, cut = state.nodes, state.config.cut
-    readers = [node for node in nodes.ready() if node.can_prefill(state.config.num_layers)]
-    speed = sum(node.load.prefill_tokens_per_s for node in readers)
-    steps = [_step_s(state, pipeline) for pipeline in form_pipelines(nodes.carriers(cut), cut)]
-    if speed == 0 or not steps:
+    cut = state.config.cut
+    steps = [_step_s(state, pipeline) for pipeline in form_pipelines(state.nodes.carriers(cut), cut)]
+    step_s, best_step_s = _step_s(state, takeover.pipeline), min(steps, default=math.inf)
+    if step_s < FAR_SLOWER * best_step_s:
         return False
-    step_s, best_step_s = _step_s(state, takeover.pipeline), min(steps)
+    cost, progress = _recovery_cost(state), request.progress()
+    return cost is not None and cost.recompute_s(progress, best_step_s) < cost.restore_s(takeover, progress, step_s)
+
+
+def _recovery_cost(state: ClusterState) -> RecoveryCost | None:
+    """With all prompts that wait now; None where no speed of reading was measured."""
+    readers = [node for node in state.nodes.ready() if node.can_prefill(state.config.num_layers)]
+    speed = sum(node.load.prefill_tokens_per_s for node in readers)
+    if speed == 0:
+        return None
     waiting = sum(node.prefill_tokens for node in readers) + sum(len(other.spec.prompt) for other in state.waiting())
-    cost = RecoveryCost(prefill_tokens_per_s=speed, waiting_tokens=waiting)
-    progress = request.progress()
-    is_sooner = cost.recompute_s(progress, best_step_s) < cost.restore_s(takeover, progress, step_s)
-    return step_s >= FAR_SLOWER * best_step_s and is_sooner
+    return RecoveryCost(prefill_tokens_per_s=speed, waiting_tokens=waiting)
 
 
 def _step_s(state: ClusterState, pipeline: Pipeline) -> float:

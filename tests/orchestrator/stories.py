@@ -38,8 +38,8 @@ from edgellm.orchestrator.policies.dual_pool import DualPool
 from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 FRONT, BACK = CUT = (Layers(0, 2), Layers(2, 2))
-PREFILL, D0, D1, SPARE = (ConnectionId(number) for number in range(1, 5))
-NAMES = {PREFILL: "p", D0: "d0", D1: "d1", SPARE: "spare"}
+PREFILL, D0, D1, SPARE, D2, D3 = (ConnectionId(number) for number in range(1, 7))
+NAMES = {PREFILL: "p", D0: "d0", D1: "d1", SPARE: "spare", D2: "d2", D3: "d3"}
 PROMPT = tuple(range(40))
 
 

@@ -15,16 +15,11 @@ from edgellm.orchestrator.sim.network import LinkModel
 from edgellm.orchestrator.sim.story import Story
 from edgellm.orchestrator.sim.world import simulated_world
 from tests.orchestrator.profiles import simulated_config
-from tests.orchestrator.stories import D0, D1, FRONT, PREFILL, SPARE, Cluster, all_of, the
-
-D2, D3 = ConnectionId(5), ConnectionId(6)
+from tests.orchestrator.stories import D0, D1, D2, D3, FRONT, PREFILL, SPARE, Cluster, all_of, the
 
 
 def two_pipelines():
-    cluster = Cluster(PREFILL, D0, D1, hot_copies=False)
-    cluster.join(D2, "d2")
-    cluster.join(D3, "d3")
-    return cluster
+    return Cluster(PREFILL, D0, D1, D2, D3, hot_copies=False)
 
 
 def ask(cluster, name):

@@ -52,6 +52,8 @@ from tests.orchestrator.stories import (
     CUT,
     D0,
     D1,
+    D2,
+    D3,
     FRONT,
     NAMES,
     PREFILL,
@@ -163,17 +165,14 @@ def test_a_copy_that_does_not_reach_the_end_of_the_prompt_restores_nothing():
     assert [(t.node_id, t.backup) for t in start.targets if not t.backup] == [("d0", False), ("spare", False)]
 
 
-D2, D3 = ConnectionId(10), ConnectionId(11)
-
-
 def choose_between_copies_and_reading(spare_step_ms, prefill_tokens_per_s):
     """Two requests are on d0 and d1, their copies on the spare; d1 dies, and new requests would go to d0 and d3."""
     cluster = Cluster(PREFILL, D0, D1, SPARE)
     for name in ("r", "s"):
         cluster.name = RequestId(name)
         cluster.decode(tokens=4)
-    cluster.join(D2, "d2")
-    cluster.join(D3, "d3")
+    cluster.join(D2)
+    cluster.join(D3)
     steps_ms = {PREFILL: 0.0, D0: 10.0, D1: 10.0, D2: 10.0, D3: 10.0, SPARE: spare_step_ms}
     for connection, step_ms in steps_ms.items():
         speed = prefill_tokens_per_s if connection == PREFILL else 0.0
