@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -43,5 +44,11 @@ def _wanted(arguments: Sequence[str] | None) -> Sequence[str]:
     return [given[0]] if given and given[0] in NAMES else NAMES
 
 
+def _end(number: int, _: object) -> None:
+    """Leave by the way that stops what was started: drivers, servers, clusters."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())
