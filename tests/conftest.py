@@ -1,7 +1,10 @@
-"""Real models and texts beside the checkout; a test that needs one that is absent is skipped with the reason."""
+"""Real models and texts beside the checkout, and a bundle that several folders' tests serve. A test that needs a model
+that is absent is skipped with the reason."""
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,16 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("search", settings.get_profile("fixed"), derandomize=False, max_examples=500)
 settings.load_profile("fixed")
+
+TWO_STAGES = """
+[devices.left]
+class = "cpu-local"
+[devices.right]
+class = "cpu-local"
+[pools]
+prefill = ["left"]
+decode = ["left", "right"]
+"""
 
 SHARED = Path(os.environ.get("EDGELLM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -33,6 +46,17 @@ def stories260k() -> Path:
 def gptneox_stories() -> Path:
     """GPT-NeoX, 0.9 million parameters."""
     return _shared("models/gptneox-stories-1m")
+
+
+@pytest.fixture(scope="session")
+def staged_stories(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K, its five layers cut into two stages."""
+    folder = tmp_path_factory.mktemp("staged")
+    (folder / "cluster.toml").write_text(TWO_STAGES)
+    arguments = ["--checkpoint", stories260k, "--output", folder / "bundle", "--cache-dir", folder / "cache"]
+    options = ["--cluster", folder / "cluster.toml", "--precision-decode", "half", "--no-verify"]
+    subprocess.run([sys.executable, "-m", "edgellm.builder.cli", *arguments, *options], check=True, timeout=300)
+    return folder / "bundle"
 
 
 @pytest.fixture(scope="session")

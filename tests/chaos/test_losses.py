@@ -122,6 +122,17 @@ def test_a_slow_stage_is_drained_and_comes_back(whole_cluster: ProcessCluster, c
     assert status_of(whole_cluster, "first").incarnation == before
 
 
+def test_a_process_that_is_about_to_end_is_started_again(whole_cluster: ProcessCluster) -> None:
+    """It has a signal to end that it sees only when the cluster is restored, by which it goes on."""
+    before = status_of(whole_cluster, "first").pid
+    whole_cluster.signal("first", signal.SIGSTOP)
+    whole_cluster.signal("first", signal.SIGTERM)
+    wait_for_state(whole_cluster, "first", "dead")
+    whole_cluster.restore()
+    assert status_of(whole_cluster, "first").state == "ready"
+    assert status_of(whole_cluster, "first").pid != before
+
+
 @contextmanager
 def throttled(cluster: ProcessCluster, name: str) -> Iterator[None]:
     """It stands still most of the time."""

@@ -40,13 +40,13 @@ def net() -> Iterator[Network]:
 
 
 @pytest.fixture(scope="module")
-def cluster(staged_bundle: Path, net: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+def cluster(staged_stories: Path, net: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
     """As everywhere here, but each node has a host of its own, and sends no KV through shared memory."""
     folder = tmp_path_factory.mktemp("partitions")
     nodes = {name: (*engine, *ROOM, "--no-shm", "--listen", "0.0.0.0:0") for name, engine in NODES.items()}
     starters = {name: host.starter for name, host in net.hosts.items()}
     with leaving_nothing(folder), ProcessCluster(
-        staged_bundle, folder, nodes, serve_options=["--verbose"], host=SWITCH_ADDRESS, starters=starters
+        staged_stories, folder, nodes, serve_options=["--verbose"], host=SWITCH_ADDRESS, starters=starters
     ) as processes:  # fmt: skip
         yield processes
 

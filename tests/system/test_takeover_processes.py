@@ -1,10 +1,7 @@
 """Real processes on real weights: a stage is killed in the middle of an answer, and the text is the same."""
 
 import asyncio
-import subprocess
-import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import pytest
 
@@ -12,28 +9,8 @@ from tests.runtime.conftest import orchestrating
 from tests.runtime.takeover import Nodes, Part, Request, Running
 from tests.runtime.test_process import process
 
-CLUSTER = """
-[devices.left]
-class = "cpu-local"
-[devices.right]
-class = "cpu-local"
-[pools]
-prefill = ["left"]
-decode = ["left", "right"]
-"""
 PROMPT = [1, *range(3, 90)]
 MAX_TOKENS = 300
-
-
-@pytest.fixture(scope="session")
-def staged_stories(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260K, its five layers cut into two stages."""
-    folder = tmp_path_factory.mktemp("staged")
-    (folder / "cluster.toml").write_text(CLUSTER)
-    arguments = ["--checkpoint", stories260k, "--output", folder / "bundle", "--cache-dir", folder / "cache"]
-    options = ["--cluster", folder / "cluster.toml", "--precision-decode", "half", "--no-verify"]
-    subprocess.run([sys.executable, "-m", "edgellm.builder.cli", *arguments, *options], check=True, timeout=300)
-    return folder / "bundle"
 
 
 @pytest.mark.parametrize("dies", ["first", "second"])
