@@ -223,7 +223,9 @@ void check_isa(const std::string& isa) {
   for (const bool is_int8 : {false, true}) {
     for (const CacheCase& c :
          {CacheCase{is_int8, 1, 0, 8}, CacheCase{is_int8, 21, 30, 20}, CacheCase{is_int8, 2, 570, 64},
-          CacheCase{is_int8, 101, 200, 36}, CacheCase{is_int8, 1, 600, 128}}) {
+          CacheCase{is_int8, 101, 200, 36}, CacheCase{is_int8, 1, 600, 128}, CacheCase{is_int8, 1, 300, 64, 5, 5},
+          CacheCase{is_int8, 1, 290, 32, 2, 4}, CacheCase{is_int8, 4, 60, 96, 2, 8},
+          CacheCase{is_int8, 1, 40, 32, 17, 17}}) {
       // AMX multiplies in bf16.
       compare(isa + " cache of " + std::to_string(c.head_dim), run_cache(kernels, c), run_cache(twins, c),
               isa == "amx" ? 2e-2F : 1e-4F);

@@ -153,9 +153,10 @@ void Executor::run_op(const AttendOp& op, const BatchView&) {
           [&](int thread, std::int64_t begin, std::int64_t end) { kernel(args, begin, end, scratch_[thread].get()); });
   };
   const auto pieces = static_cast<std::int64_t>(attention_.pieces().size());
-  // Neighbours together, as a piece asks for the next one's memory; single heads where there are few pieces.
-  const std::int64_t together = pieces / (threads_.threads() * kAttendChunks);
-  run(op.kernel, pieces, std::max<std::int64_t>(1, together * args.kv.kv_heads));
+  // Neighbours together, as memory is read in order and asked for ahead: whole pieces where there are enough.
+  const std::int64_t chunks = threads_.threads() * kAttendChunks;
+  const std::int64_t together = pieces / chunks;
+  run(op.kernel, pieces, together > 0 ? together * args.kv.kv_heads : ceil_div(pieces * args.kv.kv_heads, chunks));
   run(op.merge, attention_.split().size(), 1);
 }
 

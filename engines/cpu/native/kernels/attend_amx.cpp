@@ -5,6 +5,7 @@
 
 #include "amx_block.hpp"
 #include "attend_amx.hpp"
+#include "attend_few_pieces.hpp"
 
 namespace edgellm::EDGELLM_ISA {
 
@@ -35,10 +36,6 @@ class TileKernel {
   }
 
   void run(const Segment& segment, const Results& results, Ahead& ahead) {
-    if (segment.walk.vectors() <= kTileVectors && depth_ <= 64) {
-      run_few(segment, results, ahead);
-      return;
-    }
     for (int t = 0; t < segment.tokens(); t += kBlockTokens) {
       load_keys(segment, t, t, store_, ahead);
       load_values(segment, t, t, store_, ahead);
@@ -61,40 +58,6 @@ class TileKernel {
   }
 
  private:
-  // One tile of vectors has no second use for a key: each is used while it is in L1, one step after it was converted,
-  // because a tile loads what was just stored only when the stores have reached the cache.
-  void run_few(const Segment& segment, const Results& results, Ahead& ahead) {
-    const View view(segment, 0);
-    load_64_keys(segment, 0, view.any, ahead);
-    for (int t = 0; t < view.any; t += 64) {
-      if (t + 64 < view.any) load_64_keys(segment, t + 64, view.any, ahead);
-      score_64(0, t % 128, t);
-    }
-    load_values(segment, 0, 0, store_, ahead);
-    soften(segment, view, 0, 0, results);
-    zero_four();
-    for (int t = 0; t < view.any; t += kBlockTokens) {
-      if (t + kBlockTokens < view.any) {
-        load_values(segment, t + kBlockTokens, (t + kBlockTokens) % 64, store_, ahead);
-      }
-      weigh_two_columns(t, t % 64, 0);
-      if (depth_ == 64) weigh_next_two_columns(t, t % 64, 0);
-    }
-    float* out = results.values(0);
-    _tile_stored(0, out, result_stride());
-    _tile_stored(1, out + 16, result_stride());
-    if (depth_ == 64) {
-      _tile_stored(2, out + 32, result_stride());
-      _tile_stored(3, out + 48, result_stride());
-    }
-  }
-
-  void load_64_keys(const Segment& segment, int token, int tokens, Ahead& ahead) {
-    for (int t = token; t < token + 64 && t < tokens; t += kBlockTokens) {
-      load_keys(segment, t, t % 128, store_, ahead);
-    }
-  }
-
   // queries_ [vectors / 16][depth / 32]: tiles of [16 channel pairs][16 vectors][2].
   void load_queries(const Walk& walk, int first) {
     for (std::int64_t d = 0; d < depth_; d += 32) {
@@ -282,10 +245,38 @@ class TileKernel {
   Bf16* queries_;
 };
 
+// Whether one tile holds the vectors, and all rows may walk together.
+bool is_few(const PieceHeads& piece) {
+  const Walk& walk = piece.walk;
+  if (walk.vectors() > kTileVectors || walk.head_dim() % 32 != 0) return false;
+  for (int h = 0; piece.piece.task.rows > 1 && h < piece.heads; ++h) {
+    if (TileKernel::must_part_rows({walk.args, walk.task, walk.kv_head + h})) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-void attend_fp16(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  attend_pieces<TileKernel>(args, begin, end, scratch);
+void attend_fp16(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* memory) {
+  const Scratch scratch(memory, args.kv.head_dim);
+  for (std::int64_t unit = begin; unit < end;) {
+    const PieceHeads piece(args, unit, end);
+    const int vectors = piece.walk.vectors();
+    if (!is_few(piece)) {
+      std::int64_t after = unit + piece.heads;
+      while (after < end && !is_few(PieceHeads(args, after, end))) after += PieceHeads(args, after, end).heads;
+      attend_pieces<TileKernel>(args, unit, after, memory);
+      unit = after;
+    } else if (vectors <= 2) {
+      unit += vectors == 1 ? attend_few_heads<1>(piece, unit, end, scratch)
+                           : attend_few_heads<2>(piece, unit, end, scratch);
+    } else if (vectors <= 8) {
+      unit += vectors <= 4 ? attend_few_heads<4>(piece, unit, end, scratch)
+                           : attend_few_heads<8>(piece, unit, end, scratch);
+    } else {
+      unit += attend_few_heads<16>(piece, unit, end, scratch);
+    }
+  }
 }
 
 }  // namespace edgellm::EDGELLM_ISA
