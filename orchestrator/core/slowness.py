@@ -7,7 +7,8 @@ from statistics import median
 
 from edgellm.orchestrator.core.values import NodeLoad
 
-SLOW_FACTOR = 3.0
+SLOW_FACTOR = 2.5
+"""A device throttled to a third takes three times as long, and its steps scatter."""
 WELL_FACTOR = 1.5
 BEATS_TO_JUDGE = 10
 """Heartbeats in a row that must agree, so that nothing flaps: one second."""
