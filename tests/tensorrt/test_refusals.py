@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from edgellm.builder.partition import shard
 from edgellm.engines.bundle import BundleError
 from edgellm.engines.kv import HostKvPool
 from edgellm.engines.load import create_engine
@@ -13,6 +14,7 @@ from edgellm.engines.spec import EngineLimits
 from edgellm.engines.tensorrt.api import TensorRtError, find_api
 from edgellm.engines.tensorrt.compiler import compile_engine
 from edgellm.engines.tensorrt.device import open_cuda
+from edgellm.engines.tensorrt.load import load_engine
 from edgellm.engines.tensorrt.manifest import EngineManifest, read_manifest, write_manifest
 from edgellm.engines.tensorrt.packing import pack_nibbles, to_half
 from edgellm.engines.tensorrt.targets import build_capability, compute_capability, require_device
@@ -128,3 +130,24 @@ def test_half_of_a_byte():
         pack_nibbles(np.zeros(3, np.int8))
     assert pack_nibbles(np.array([1, -8, -1, 7], np.int8)).tolist() == [0x81, 0x7F]
     assert to_half(np.array([65504.0], np.float32), "x").tolist() == [65504.0]
+
+
+def test_ranks_that_sum_inside_of_a_network(kit, api, tmp_path):
+    model = kit.model("llama with biases", "half")
+    graph, weights = shard(model.graph, model.weights, 0, 2)
+    contract = dataclasses.replace(model.contract, kv_heads=1)
+    compile_engine(
+        graph,
+        weights,
+        contract=contract,
+        limits=LIMITS,
+        folder=tmp_path,
+        api=api,
+        phase="prefill",
+        device_class="sm86",
+        world=2,
+    )
+    spec = dataclasses.replace(reference_spec(graph, LIMITS), name="prefill-tp0of2", world=2)
+    pool = HostKvPool(contract, range(graph.num_layers), 4)
+    with pytest.raises(TensorRtError, match="is rank 0 of 2 and sums over NCCL"):
+        load_engine(tmp_path, spec, pool, None)
