@@ -69,7 +69,7 @@ def make_plan(inputs: PlanInputs) -> BuildPlan:
 
 
 _NO_TAKEOVER: Final = (
-    "no device has room for all layers, so there is no takeover engine: requests are lost when a decode device dies"
+    "no device has room for all layers, so there is no takeover engine: no device could carry all stages alone"
 )
 
 

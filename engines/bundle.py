@@ -75,7 +75,8 @@ class Plan:
     predicted_tpot_ms: float
     """At batch 1 and 512 tokens of context."""
     takeover: tuple[Placement, ...] = ()
-    """Where the takeover engine fits in place of a device's own stage; loaded only when a decode device died."""
+    """Where all layers fit in place of a device's own stage. Nodes take over with the stages' own engines: no node
+    loads the engine of all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
