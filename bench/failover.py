@@ -44,8 +44,6 @@ CLIENTS: Final = 8
 ORCHESTRATOR_CLIENTS: Final = 16
 ORCHESTRATOR_TOKENS: Final = 128
 """Of each answer that goes on over a restart of the orchestrator."""
-CALM_TOKENS: Final = 320
-"""That every client reads when nothing fails: more than any has when something does."""
 EVENTS: Final = ("kill", "stop", "restart", "none")
 """A decode stage killed, one stopped, the orchestrator killed and started again, nothing."""
 WAYS: Final = ("hot copy", "token replay", "begin again")
@@ -73,6 +71,10 @@ class Bench:
     def max_tokens(self, context: int) -> int:
         """Enough that nobody is done while others still wait for their first token."""
         return min(max(1024, context // 2), self.bundle.index.model.max_seq_len - context)
+
+    def calm_tokens(self, context: int) -> int:
+        """That every client reads when nothing fails: more than any has when something does."""
+        return self.max_tokens(context) // 2
 
     def prompts(self, context: int, clients: int) -> list[list[int]]:
         chance = random.Random(context)
@@ -162,7 +164,7 @@ def _failures(bench: Bench, context: int, way: str, number: signal.Signals) -> t
 def _calm(bench: Bench, cluster: ProcessCluster, prompts: Sequence[Sequence[int]], context: int) -> list[list[int]]:
     cluster.restore()
     readers = start_readers(cluster, "calm", prompts, bench.max_tokens(context))
-    wait_until(readers, lambda reader: len(reader.token_ids) >= CALM_TOKENS)
+    wait_until(readers, lambda reader: len(reader.token_ids) >= bench.calm_tokens(context))
     end_readers(readers)
     return [reader.token_ids for reader in readers]
 
