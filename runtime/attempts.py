@@ -39,13 +39,6 @@ class Attempts:
             del self._live[attempt.request_id]
         self._decide_by_s.pop(attempt, None)
 
-    def forget_stale(self) -> None:
-        """Whoever numbers the epochs is gone: only live attempts count."""
-        self.fence = EpochFence()
-        for attempt in self:
-            self.fence.enter(attempt)
-        self._unanswered_releases.clear()
-
     def _hear_of(self, attempt: Attempt) -> None:
         self.highest_epoch = max(self.highest_epoch, attempt.epoch)
 
@@ -74,6 +67,10 @@ class Attempts:
     def tell_when_free(self, attempt: Attempt) -> None:
         """`answered` will name it when its blocks are free, and those of older epochs."""
         self._unanswered_releases.append(attempt)
+
+    def forget_releases(self) -> None:
+        """Whoever asked for them is gone. What is stale stays so: the next one numbers from above `highest_epoch`."""
+        self._unanswered_releases.clear()
 
     def answered(self, holders: Callable[[], Iterable[Attempt]]) -> list[Attempt]:
         """Attempts of which no block is held any more, by this epoch or an older one; each is named once."""

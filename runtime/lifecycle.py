@@ -104,7 +104,7 @@ class Lifecycle:
         """Nobody will ask for anything of it."""
         for attempt in self.attempts:
             self.drop(attempt)
-        self.attempts.forget_stale()
+        self.attempts.forget_releases()
 
     def orchestrator_lost(self, now_s: float) -> None:
         """Answers stall, and what has KV waits for another orchestrator; the rest is of no use to it."""
@@ -114,7 +114,7 @@ class Lifecycle:
                 self.stall(attempt, now_s)
             else:
                 self.drop(attempt)
-        self.attempts.forget_stale()
+        self.attempts.forget_releases()
 
     def expire(self, now_s: float) -> None:
         """Fail requests whose KV did not arrive in time, and let go of what nobody decided about."""

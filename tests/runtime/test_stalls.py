@@ -32,8 +32,16 @@ def test_a_node_knows_the_highest_epoch_it_has_heard_of():
     attempts.enter(Attempt(request_id=RequestId("a"), epoch=5))
     attempts.release(Attempt(request_id=RequestId("b"), epoch=9))
     attempts.enter(Attempt(request_id=RequestId("c"), epoch=7))
-    attempts.forget_stale()
     assert attempts.highest_epoch == 9
+
+
+def test_what_is_stale_stays_so_when_the_orchestrator_is_gone():
+    """A copy that hung in the network may arrive after another orchestrator has begun, which counts on free blocks."""
+    attempts, released = Attempts(), Attempt(request_id=RequestId("b"), epoch=9)
+    attempts.release(released)
+    attempts.forget_releases()
+    assert not attempts.fence.admits(released)
+    assert attempts.answered(list) == []
 
 
 def test_a_later_stage_that_let_go_stalls_the_answer_for_a_lease():
