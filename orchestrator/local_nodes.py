@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import re
+import signal
 import socket
 import sys
 from asyncio.subprocess import Process
@@ -148,11 +149,12 @@ def _free_port() -> int:
 
 
 async def _stop(process: Process) -> None:
-    """Ask it to stop, then make it."""
+    """Ask it to stop, even if it stands still, then make it."""
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
+        process.send_signal(signal.SIGCONT)
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await process.wait()
