@@ -3,13 +3,14 @@
 import os
 import statistics
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Final
 
-from bench import busy
+from bench import busy, node_metrics
+from bench.node_metrics import Page, StepTimes
 from bench.recovery import end_readers, start_readers, wait_until
 from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.local_nodes import LocalNode, planned_nodes
@@ -64,6 +65,8 @@ class Steady:
     """Of the copy furthest behind, at several moments."""
     others: float
     """Share of the processors that neither these processes nor this one used."""
+    step_times: tuple[StepTimes, ...] = ()
+    """Of each node, in the cluster's order."""
 
 
 def write_steadily(
@@ -72,23 +75,22 @@ def write_steadily(
     """From when all clients are in the middle of their answers until each has `STEADY_TOKENS` more."""
     readers = start_readers(cluster, name, prompts, max_tokens)
     pids = busy.family(os.getpid())[1:]
-    before, bytes_before, start_s = busy.read_times(pids), _metric(served, _COPIED), time.perf_counter()
+    before, pages_before, start_s = busy.read_times(pids), _pages(served), time.perf_counter()
     lags = []
     for sample in range(1, SAMPLES + 1):
         wait_until(readers, lambda reader, due=sample * STEADY_TOKENS // SAMPLES: reader.since(start_s) >= due)  # type: ignore[misc]
-        lags.append(max(_metrics(served, _LAG)))
+        lags.append(max(page[_LAG] for page in _pages(served)))
     seconds = time.perf_counter() - start_s
     tokens = sum(reader.since(start_s) for reader in readers)
-    copied, shares = (
-        _metric(served, _COPIED) - bytes_before,
-        busy.shares(before, busy.read_times(pids), busy.core_count()),
-    )
+    pages, shares = _pages(served), busy.shares(before, busy.read_times(pids), busy.core_count())
     end_readers(readers)
+    copied = sum(page[_COPIED] for page in pages) - sum(page[_COPIED] for page in pages_before)
     return Steady(
         tokens_per_s=tokens / seconds,
         copied_bytes_per_token=copied / tokens,
         lag_tokens=tuple(lags),
         others=shares.others + shares.stolen,
+        step_times=tuple(starmap(node_metrics.step_times, zip(pages_before, pages, strict=True))),
     )
 
 
@@ -105,17 +107,5 @@ _COPIED: Final = 'edgellm_kv_copied_bytes{way="sent"}'
 _LAG: Final = "edgellm_kv_copy_lag_tokens"
 
 
-def _metric(served: BundleCluster, name: str) -> float:
-    """The sum over all nodes."""
-    return sum(_metrics(served, name))
-
-
-def _metrics(served: BundleCluster, name: str) -> list[float]:
-    """Of each node that has it."""
-    pages = (urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) for port in served.metrics_ports)
-    found = []
-    for page in pages:
-        with page:
-            lines = page.read().decode().splitlines()
-        found += [float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")]
-    return found
+def _pages(served: BundleCluster) -> list[Page]:
+    return [node_metrics.read_page(port) for port in served.metrics_ports]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from bench.installed_code import Conditions, kernels_sha256
+from bench.installed_code import Conditions, PeerCode, kernels_sha256, peer_code
 from bench.loading import Loaded, Loader
 from bench.machine_limits import Peaks
 from bench.pairs import Pairing, Phase, Scenario
@@ -42,6 +42,8 @@ class Compared:
     """UTC, to the minute."""
     conditions: Conditions
     kernels_sha256: str
+    peer_code: PeerCode | None = None
+    """None in a result from before this was kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,4 +93,5 @@ class Comparison:
             measured_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
             conditions=self.conditions,
             kernels_sha256=kernels_sha256(),
+            peer_code=peer_code(peer.contender),
         )

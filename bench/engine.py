@@ -33,6 +33,7 @@ OUT: Final = Path(__file__).parent / "out"
 QUICK_MODELS: Final = ("smollm2",)
 QUICK_SCENARIOS: Final = (DECODE_1, DECODE_8, PREFILL_512)
 QUICK_PEERS: Final = frozenset({"llama.cpp Q4_0", "OpenVINO GenAI INT4", "OpenVINO GenAI FP16"})
+USUAL_THREADS: Final = len(os.sched_getaffinity(0))
 BY_NAME: Final = {peer.name: peer for peer in PEERS}
 
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing: the table of what was measured before")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: smollm2; with --peers all")
     parser.add_argument("--rounds", type=int, default=5, help="per figure, after one that does not count (%(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=USUAL_THREADS, help="default: %(default)s")
     parser.add_argument("--normal-priority", action="store_true", help="do not ask for the SCHED_RR scheduler")
     parser.add_argument("--even-if-busy", action="store_true", help="measure all the same; nothing is held to targets")
 
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> Report:
     say = Console(stderr=True, log_path=False).log
     if options.prepare:
         return Report(name="engine", machine=machine(), results=[], targets=[], notes=_prepare(options, say))
-    store = ResultStore(folder=OUT / ("engine-though-busy" if options.even_if_busy else "engine"))
+    store = ResultStore(folder=OUT / folder_name(options))
     now = conditions(threads=options.threads, real_time=not options.normal_priority)
     missing = [] if options.report else _measure(options, store, now, say)
     report, results = _report(options, store, now, missing)
@@ -69,8 +70,20 @@ def run(options: argparse.Namespace) -> Report:
     return report.with_note(f"written: {', '.join(written)}")
 
 
+def folder_name(options: argparse.Namespace) -> str:
+    """Of results: those that are not taken in the usual way take the place of none that are."""
+    parts = ["engine"]
+    if options.threads != USUAL_THREADS:
+        parts.append(f"{options.threads}-threads")
+    if options.normal_priority:
+        parts.append("normal-priority")
+    if options.even_if_busy:
+        parts.append("though-busy")
+    return "-".join(parts)
+
+
 def _measure(options: argparse.Namespace, store: ResultStore, now: Conditions, say: Callable[[str], None]) -> list[str]:
-    """Keep every result, and write the report so far, once it is there; a sentence for each peer that cannot run."""
+    """Keep every result, and write the report so far, once it is there; a sentence for each that is not there."""
     busy.refuse_if_busy(options.even_if_busy)
     comparison, missing = _comparison(options, now, say), list[str]()
     cells = [cell for cell in _cells(options) if not (options.resume and store.is_current(cell, now))]
@@ -79,8 +92,8 @@ def _measure(options: argparse.Namespace, store: ResultStore, now: Conditions, s
             for result in comparison.run(model, _by_peer([cell for cell in cells if cell.model == model])):
                 if isinstance(result, str):
                     missing.append(f"not compared: {result}")
-                else:
-                    store.write(result)
+                elif (kept := store.write(result)) is not None:
+                    missing.append(kept)
                 _report(options, store, now, missing)
         except UnavailableError as error:
             raise ValueError(f"our own engine does not run on {model.name}: {error}") from error

@@ -113,7 +113,14 @@ def run(options: argparse.Namespace) -> Report:
 def choose_contexts(bundle: ServedBundle, wanted: Sequence[int] | None) -> list[int]:
     """As wanted, or a short and a long one. ValueError if answers would end before anything fails."""
     longest = bundle.index.model.max_seq_len - MIN_ANSWER_TOKENS
+    if longest < 1:
+        raise ValueError(
+            f"{bundle.folder} has room for {bundle.index.model.max_seq_len} tokens, and an answer alone needs "
+            f"{MIN_ANSWER_TOKENS}; build it with --max-seq-len {2 * MIN_ANSWER_TOKENS}, of a model that reads so many"
+        )
     contexts = sorted(wanted or {min(1024, longest), min(4096, longest)})
+    if contexts[0] < 1:
+        raise ValueError(f"--contexts {contexts[0]}: a prompt has at least one token")
     if contexts[-1] > longest:
         raise ValueError(
             f"--contexts {contexts[-1]}: {bundle.folder} has room for at most {longest} prompt tokens and an answer; "
@@ -211,6 +218,7 @@ def _steady(bench: Bench, context: int) -> list[Row]:
     """Tokens per second of all clients while nothing fails, with copies and without.
 
     Two clusters take turns, every other round in the other order: a machine's speed drifts by more than copies cost.
+    The first round does not count.
     """
     runs: dict[bool, list[Steady]] = {True: [], False: []}
     with contextlib.ExitStack() as stack:
@@ -220,9 +228,12 @@ def _steady(bench: Bench, context: int) -> list[Row]:
             clusters[copies] = stack.enter_context(bench.cluster(folder, context, CLIENTS, copies=copies))
             clusters[copies].restore()
         prompts, max_tokens = bench.prompts(context, CLIENTS), bench.max_tokens(context)
-        for number in range(bench.rounds):
+        for number in range(bench.rounds + 1):
             for copies in sorted(runs, reverse=number % 2 == 0):
                 served, name = bench.served(copies=copies), f"round{number}"
                 runs[copies].append(write_steadily(served, clusters[copies], name, prompts, max_tokens))
-    with_copies = steady_row("hot copy", context, CLIENTS, runs[True], runs[False])
-    return [with_copies, steady_row("no copies", context, CLIENTS, runs[False], runs[False])]
+    with_copies, without = runs[True][1:], runs[False][1:]
+    return [
+        steady_row("hot copy", context, CLIENTS, with_copies, without),
+        steady_row("no copies", context, CLIENTS, without, without),
+    ]

@@ -94,16 +94,20 @@ class Pairing:
     def read_gb_per_s(self) -> float:
         return statistics.median(r.read_gb_per_s for r in self.rounds)
 
+    @property
+    def takes_longer(self) -> bool:
+        """Whether ours does, in most rounds: only then there is a time in which it did more."""
+        return 2 * sum(r.ours_s > r.peer_s for r in self.rounds) > len(self.rounds)
+
     def extra_gb_per_s(self, extra_bytes: float) -> float:
-        """Of the bytes that each step of ours reads more than the other's, in the time that it takes longer."""
+        """Of the bytes that each step of ours reads more than the other's, in the time that it `takes_longer`."""
         extra_s = statistics.median(r.ours_s - r.peer_s for r in self.rounds)
         return extra_bytes * self.steps / (1e9 * extra_s)
 
     def extra_of_bandwidth(self, extra_bytes: float) -> float:
-        """The same, round by round, over the memory's speed at that moment."""
-        return statistics.median(
-            extra_bytes * self.steps / (r.ours_s - r.peer_s) / (1e9 * r.read_gb_per_s) for r in self.rounds
-        )
+        """The same over the memory's speed, by what could have been read in each round's time."""
+        readable_gb = statistics.median((r.ours_s - r.peer_s) * r.read_gb_per_s for r in self.rounds)
+        return extra_bytes * self.steps / (1e9 * readable_gb)
 
 
 def clean(rounds: Sequence[Round]) -> tuple[Round, ...]:

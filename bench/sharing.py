@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Report:
-    """ValueError if others use the machine, now or in too many rounds, or a model is missing."""
+    """ValueError if others use the machine now, or a model is missing."""
     busy.refuse_if_busy(options.even_if_busy)
     say = Console(stderr=True, log_path=False).log
     loader = Loader(
@@ -86,20 +86,23 @@ def run(options: argparse.Namespace) -> Report:
         store=ModelStore(say),
         say=say,
     )
-    rows = [
+    found = [
         result
         for name in options.models
         for result in _measure(MODELS[name], loader, options.rounds, even_if_busy=options.even_if_busy)
     ]
+    rows = [result for result in found if isinstance(result, Row)]
     return Report(
         name="sharing",
         machine=machine() | {"threads": options.threads, "measured_although_busy": options.even_if_busy},
         results=[asdict(row) for row in rows],
         targets=[] if options.even_if_busy else [target for row in rows for target in targets(row)],
+        notes=[result for result in found if isinstance(result, str)],
     )
 
 
-def _measure(model: Model, loader: Loader, rounds: int, *, even_if_busy: bool) -> Iterator[Row]:
+def _measure(model: Model, loader: Loader, rounds: int, *, even_if_busy: bool) -> Iterator[Row | str]:
+    """A row for each pair, or a sentence on why there is none."""
     prefill = PREFILL_512 if model.linear_parameters > _LARGE_PARAMETERS else PREFILL_2048
     try:
         with loader.loaded(OURS["half"], model) as reader, loader.loaded(OURS["int4"], model) as writer:
@@ -108,9 +111,11 @@ def _measure(model: Model, loader: Loader, rounds: int, *, even_if_busy: bool) -
                 steps = _steps(reader, prefill, writer, decode)
                 taken = (_round(reader, prefill, writer, decode, steps) for _ in range(2 * rounds))
                 kept = list(itertools.islice((r for r in taken if even_if_busy or r.others <= BUSY_SHARE), rounds))
-                if len(kept) < rounds:
-                    raise ValueError(f"others used more than {BUSY_SHARE:.0%} of the processors in too many rounds")
-                yield row(model, prefill, decode, steps, kept)
+                if len(kept) == rounds:
+                    yield row(model, prefill, decode, steps, kept)
+                else:
+                    pair = f"{model.name}, {prefill.name} beside {decode.name}"
+                    yield f"not measured: {pair}: others used more than {BUSY_SHARE:.0%} in too many rounds"
     except UnavailableError as error:
         raise ValueError(f"our own engine does not run on {model.name}: {error}") from error
 
@@ -153,9 +158,9 @@ def _together(reader: Loaded, prefill: Scenario, writer: Loaded, decode: Scenari
 
     with ThreadPoolExecutor(1) as threads:
         decoding = threads.submit(keep_decoding)
-        began.wait()
-        start_s = time.perf_counter()
         try:
+            began.wait()
+            start_s = time.perf_counter()
             prefill_s = reader.run(prefill, 1)
             end_s = time.perf_counter()
         finally:

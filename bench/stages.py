@@ -1,5 +1,7 @@
 """Two pipeline stages on this machine beside one stage on the same cores: tokens per second of the same requests.
 
+Beside it what a step costs in each stage and between them, which is what bounds the share that two stages reach.
+
 Both clusters are up, each a prefill node and its decode nodes as processes, and take turns; the other one idles. The
 two bundles have to be built alike but for their cluster file.
 """
@@ -8,6 +10,7 @@ import argparse
 import contextlib
 import json
 import random
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +19,7 @@ from typing import Final
 
 from bench import busy
 from bench.clusters import BundleCluster, Steady, median_ratio, median_tokens_per_s, write_steadily
+from bench.node_metrics import StepTimes
 from bench.report import Report, Target, machine
 from edgellm.engines.bundle import BUNDLE_FILE
 from edgellm.orchestrator.bundle import ServedBundle, open_bundle
@@ -37,6 +41,11 @@ class Row:
     tokens_per_s: float
     of_one_stage: float
     """Tokens per second over those of one stage in the same round."""
+    stage_0_ms: float | None
+    """A step of its engine; like the next two a median over rounds, of what the nodes say themselves."""
+    stage_1_ms: float | None
+    hop_ms: float | None
+    """From sending a step to stage 1 to its result, less stage 1's own step: the network, and waiting for its turn."""
     others: float
     """Share of the processors that others used, at most."""
 
@@ -113,6 +122,8 @@ def _prompts(requests: int, context: int) -> list[list[int]]:
 
 def _row(served: BundleCluster, runs: Sequence[Steady], one: Sequence[Steady], options: argparse.Namespace) -> Row:
     engines = _decode_engines(served.bundle)
+    places = [number for number, node in enumerate(served.nodes) if node.engine in engines]
+    step_ms = [median_of([run.step_times[place].step_ms for run in runs]) for place in places]
     return Row(
         stages=len(engines),
         engines=", ".join(engines),
@@ -120,8 +131,23 @@ def _row(served: BundleCluster, runs: Sequence[Steady], one: Sequence[Steady], o
         context=options.context,
         tokens_per_s=median_tokens_per_s(runs),
         of_one_stage=median_ratio(runs, one),
+        stage_0_ms=step_ms[0],
+        stage_1_ms=step_ms[1] if len(places) > 1 else None,
+        hop_ms=median_of([hop_ms([run.step_times[place] for place in places]) for run in runs]),
         others=max(run.others for run in runs),
     )
+
+
+def hop_ms(stages: Sequence[StepTimes]) -> float | None:
+    """stages: of one round. None of a single stage."""
+    if len(stages) < 2 or stages[0].round_trip_ms is None or stages[1].step_ms is None:
+        return None
+    return stages[0].round_trip_ms - stages[1].step_ms
+
+
+def median_of(values: Sequence[float | None]) -> float | None:
+    """Of those that are there."""
+    return statistics.median(found) if (found := [value for value in values if value is not None]) else None
 
 
 def target(row: Row) -> Target:

@@ -119,8 +119,16 @@ def _long_beside_short(model: Model, ours: Loaded, turns: Turns) -> Row | str:
     rounds, reason = turns.take(side(ours, LONG, steps), short)
     if not rounds:
         return f"not measured: KV of {ours.contender.name} on {model.name}: {reason}"
-    kv_bytes = (LONG.context - SHORT.context) * kv_bytes_per_token(model, ours)
-    return row(model, ours, SHORT.name, Pairing(scenario=LONG, steps=steps, rounds=rounds), kv_bytes)
+    return kv_row(model, ours, Pairing(scenario=LONG, steps=steps, rounds=rounds))
+
+
+def kv_row(model: Model, ours: Loaded, pairing: Pairing) -> Row | str:
+    """Of a long context beside a short one."""
+    if not pairing.takes_longer:
+        return (
+            f"not measured: KV of {ours.contender.name} on {model.name}: {LONG.name} took no longer than {SHORT.name}"
+        )
+    return row(model, ours, SHORT.name, pairing, (LONG.context - SHORT.context) * kv_bytes_per_token(model, ours))
 
 
 def _step_bytes(model: Model, ours: Loaded, pairing: Pairing) -> float:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -66,6 +67,13 @@ class Environments:
                 _install(name, folder)
                 stamp.write_text(wanted)
         return Environment(name=name, python=_python(folder), variables=_variables(name, folder), key=wanted)
+
+
+def environment_key(name: str) -> str:
+    """What the key of this environment is, or will be once it is prepared; of the project's own, the peer in it."""
+    if name != PROJECT:
+        return _fingerprint(name)
+    return ", ".join(f"{package} {metadata.version(package)}" for package in ("transformers", "torch"))
 
 
 @contextlib.contextmanager

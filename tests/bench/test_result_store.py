@@ -1,16 +1,19 @@
 """Results that are kept, and what of them a report may be made of."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from bench import engine
 from bench.busy import CpuShares
 from bench.comparison import Compared
-from bench.installed_code import Conditions, conditions, kernels_sha256
+from bench.installed_code import Conditions, conditions, kernels_sha256, peer_code
 from bench.machine_limits import Peaks
 from bench.pairs import DECODE_1, DECODE_8, Pairing, Round
-from bench.peers.contenders import PEERS
+from bench.peers.contenders import PEERS, TRANSFORMERS
 from bench.peers.models import MODELS
 from bench.result_store import ResultStore, Wanted
 from edgellm.engines.cpu.plan import BACKEND_VERSION
@@ -40,6 +43,7 @@ def result(cell: Wanted = CELL, ours_s: float = 1.0) -> Compared:
         measured_at="2026-01-01 10:00",
         conditions=NOW,
         kernels_sha256="kernels",
+        peer_code=peer_code(cell.peer),
     )
 
 
@@ -67,6 +71,27 @@ def test_results_of_several_runs_make_one_report(store: ResultStore) -> None:
     gathered = store.gather([CELL, OTHER], NOW, "kernels")
     assert gathered.results == [result(), result(OTHER)]
     assert gathered.notes == []
+
+
+def test_a_disturbed_run_displaces_no_result(store: ResultStore) -> None:
+    assert store.write(result()) is None
+    disturbed = dataclasses.replace(result(), pairing=None, reason="others used 40% of the processors")
+    kept = store.write(disturbed)
+    assert kept is not None
+    assert "others used 40% of the processors; the result of 2026-01-01 10:00 is kept" in kept
+    assert store.read(CELL) == result()
+    assert store.write(dataclasses.replace(disturbed, peer=OTHER.peer, scenario=OTHER.scenario)) is None
+
+
+def test_results_of_another_way_of_measuring_have_a_folder_of_their_own() -> None:
+    parser = argparse.ArgumentParser()
+    engine.add_arguments(parser)
+    usual = [str(engine.USUAL_THREADS)]
+    assert engine.folder_name(parser.parse_args(["--threads", *usual])) == "engine"
+    assert engine.folder_name(parser.parse_args(["--even-if-busy"])) == "engine-though-busy"
+    assert engine.folder_name(parser.parse_args(["--threads", "99", "--normal-priority"])) == (
+        "engine-99-threads-normal-priority"
+    )
 
 
 def test_what_was_not_measured_is_said(store: ResultStore) -> None:
@@ -97,6 +122,40 @@ def test_a_result_of_other_kernels_is_named(store: ResultStore) -> None:
     gathered = store.gather([CELL], NOW, "faster kernels")
     assert gathered.results == [result()]
     assert gathered.notes == [f"with other kernels than now: {CELL.name}, of 2026-01-01 10:00"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"environment": "an older one"}, "another version of the peer than now"),
+        ({"drivers_sha256": "an older one"}, "other drivers than now"),
+    ],
+)
+def test_a_result_of_another_peer_is_left_out_and_named(store: ResultStore, change: dict[str, str], said: str) -> None:
+    older = dataclasses.replace(peer_code(CELL.peer), **change)
+    store.write(dataclasses.replace(result(), peer_code=older))
+    gathered = store.gather([CELL], NOW, "kernels")
+    assert gathered.results == []
+    assert gathered.notes == [f"left out: {CELL.name}, of 2026-01-01 10:00: {said}"]
+    assert not store.is_current(CELL, NOW)
+
+
+def test_a_result_that_does_not_say_its_peer_is_as_measured(store: ResultStore) -> None:
+    store.write(result())
+    (file,) = store.folder.iterdir()
+    contents = msgspec.json.decode(file.read_bytes())
+    del contents["peer_code"]
+    file.write_bytes(msgspec.json.encode(contents))
+    assert store.is_current(CELL, NOW)
+    gathered = store.gather([CELL], NOW, "kernels")
+    assert [one.peer_code for one in gathered.results] == [None]
+    assert gathered.notes == ["not known of which versions of the peer and its driver: 1 of the results"]
+
+
+def test_peers_are_told_apart_by_what_is_installed_and_what_drives_them() -> None:
+    codes = {peer_code(peer) for peer in PEERS}
+    assert len(codes) == len({(peer.environment, peer.driver) for peer in PEERS})
+    assert "transformers" in peer_code(TRANSFORMERS).environment
 
 
 def test_a_cell_without_figures_is_measured_again(store: ResultStore) -> None:

@@ -9,7 +9,8 @@ import pytest
 from bench.clusters import Steady, median_ratio
 from bench.failover import choose_contexts
 from bench.failover_report import KILLED, Row, steady_row, targets
-from bench.stages import check_alike
+from bench.node_metrics import StepTimes, parse_page, step_times
+from bench.stages import check_alike, hop_ms, median_of
 from edgellm.orchestrator.bundle import open_bundle
 
 
@@ -19,6 +20,44 @@ def steady(tokens_per_s: float, lags: tuple[float, ...] = (0.0,)) -> Steady:
 
 def test_a_slow_minute_hits_both_clusters() -> None:
     assert median_ratio([steady(90), steady(9), steady(95)], [steady(100), steady(10), steady(100)]) == 0.9
+
+
+BEFORE = """# HELP edgellm_step_seconds Engine steps
+# TYPE edgellm_step_seconds histogram
+edgellm_step_seconds_bucket{kind="decode",le="+Inf"} 10.0
+edgellm_step_seconds_count{kind="prefill"} 4.0
+edgellm_step_seconds_sum{kind="prefill"} 4.0
+edgellm_step_seconds_count{kind="decode"} 10.0
+edgellm_step_seconds_sum{kind="decode"} 1.0
+edgellm_stage_round_trip_seconds_count 0.0
+edgellm_stage_round_trip_seconds_sum 0.0
+"""
+AFTER = """edgellm_step_seconds_count{kind="prefill"} 9.0
+edgellm_step_seconds_sum{kind="prefill"} 9.0
+edgellm_step_seconds_count{kind="decode"} 20.0
+edgellm_step_seconds_sum{kind="decode"} 1.05
+edgellm_stage_round_trip_seconds_count 10.0
+edgellm_stage_round_trip_seconds_sum 0.08
+"""
+
+
+class TestStepTimes:
+    def test_they_are_means_of_what_was_counted_in_between(self) -> None:
+        found = step_times(parse_page(BEFORE), parse_page(AFTER))
+        assert found.step_ms == pytest.approx(5)
+        assert found.round_trip_ms == pytest.approx(8)
+
+    def test_a_later_stage_has_steps_and_no_round_trip(self) -> None:
+        page = {'edgellm_step_seconds_count{kind="stage"}': 4.0, 'edgellm_step_seconds_sum{kind="stage"}': 0.008}
+        assert step_times({}, page) == StepTimes(step_ms=2, round_trip_ms=None)
+        assert step_times(page, page) == StepTimes(step_ms=None, round_trip_ms=None)
+
+    def test_a_hop_is_what_a_round_trip_takes_beside_the_step(self) -> None:
+        first, last = StepTimes(step_ms=5, round_trip_ms=8), StepTimes(step_ms=6, round_trip_ms=None)
+        assert hop_ms([first, last]) == 2
+        assert hop_ms([last]) is None
+        assert median_of([1, None, 3, 4]) == 3
+        assert median_of([None]) is None
 
 
 class TestFailover:
@@ -76,6 +115,13 @@ class TestBundles:
         assert choose_contexts(bundle, [2048, 512]) == [512, 2048]
         with pytest.raises(ValueError, match=r"--contexts 4000.*larger --max-seq-len"):
             choose_contexts(bundle, [1024, 4000])
+        with pytest.raises(ValueError, match="--contexts 0: a prompt has at least one token"):
+            choose_contexts(bundle, [0, 1024])
+
+    def test_a_bundle_without_room_for_an_answer_is_refused(self, tmp_path: Path) -> None:
+        bundle = open_bundle(self.bundle(tmp_path / "bundle", 1, model=MODEL | {"max_seq_len": 1024}))
+        with pytest.raises(ValueError, match=r"room for 1024 tokens.* build it with --max-seq-len 2048"):
+            choose_contexts(bundle, None)
 
     def test_only_their_cluster_may_differ(self, tmp_path: Path) -> None:
         two, one = self.bundle(tmp_path / "two", 2), self.bundle(tmp_path / "one", 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.busy import CpuShares
+from bench.loading import Loaded
 from bench.pairs import DECODE_1, Pairing, Round
 from bench.peers import compiled
 from bench.peers.contenders import OURS, VARIANTS
@@ -14,7 +15,7 @@ from bench.sharing import Round as SharedRound
 from bench.sharing import Run, within
 from bench.sharing import row as shared_row
 from bench.sharing import targets as shared_targets
-from bench.variants import LONG, SHORT, Row, target
+from bench.variants import LONG, SHORT, Row, kv_row, target
 from edgellm.engines.cpu.engine import load_plan
 from edgellm.engines.cpu.plan import Plan
 
@@ -56,6 +57,20 @@ def test_kv_is_read_in_the_time_that_a_long_context_takes_longer() -> None:
     """A billion bytes more a step, ten steps, one second longer."""
     assert pairing(1.5, 0.5).extra_gb_per_s(1e9) == pytest.approx(10)
     assert pairing(1.5, 0.5).extra_of_bandwidth(1e9) == pytest.approx(0.5)
+
+
+def test_one_round_in_which_the_long_context_was_faster_changes_little() -> None:
+    slow, odd = pairing(1.5, 0.5).rounds[0], pairing(0.4, 0.5).rounds[0]
+    mixed = dataclasses.replace(pairing(1.5, 0.5), rounds=(odd, slow, slow))
+    assert mixed.takes_longer
+    assert mixed.extra_of_bandwidth(1e9) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("ours_s", [0.5, 0.4])
+def test_no_speed_is_given_where_a_long_context_took_no_longer(ours_s: float) -> None:
+    loaded = Loaded(contender=OURS["int4"], process=None, load_s=0, scheduler="", weight_bytes=1)  # type: ignore[arg-type]
+    note = kv_row(MODELS["134m"], loaded, pairing(ours_s, 0.5))
+    assert note == f"not measured: KV of EdgeLLM INT4 on 134m: {LONG.name} took no longer than {SHORT.name}"
 
 
 @pytest.mark.parametrize(("times", "met"), [(0.95, True), (0.9, False)])
