@@ -93,7 +93,7 @@ class NodeServer:
         )
 
     async def run(self) -> None:
-        """Serve until the orchestrator or `stop` says so. Raises NodeError; closes the engines in any case."""
+        """Serve until the orchestrator or `stop` says so, then close the engines. Raises NodeError."""
         try:
             async with self._exchange():
                 self.metrics.serve(self._listen_host, self._config.metrics_port)
@@ -110,7 +110,9 @@ class NodeServer:
             await self._replicator.close()
             await self._sender.close()
             await self._links.close()
-            self._engine_loop.close()
+            # Not on the event loop, so that a rank's beats go out while its last step ends. Cancelled here, this leaves
+            # the engines open: that step may still run.
+            await asyncio.to_thread(self._engine_loop.close)
             self._engines.close()
             self.metrics.close()
             _log.info("stopped node=%s", self._config.node_id)

@@ -41,5 +41,5 @@ class Silence:
         """Called once per `beat_s`. Raises NodeError when it was too many."""
         self._missed += 1
         if self._missed > self._borne:
-            silence_s = self._borne * self._patience.beat_s
+            silence_s = self._missed * self._patience.beat_s
             raise NodeError(f"{self._peer} has said nothing for {silence_s:g} s; all ranks must start again")
