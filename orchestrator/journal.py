@@ -6,7 +6,7 @@ outlives the process, and after a loss of power the file is whole, though its la
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
 
@@ -161,7 +161,7 @@ class JournalFile:
         rows = self._db.execute("SELECT id, accepted, nodes, ended FROM requests ORDER BY rowid").fetchall()
         return [
             Written(
-                accepted=msgspec.json.decode(accepted, type=Accepted),
+                accepted=_read_accepted(accepted),
                 nodes=msgspec.json.decode(nodes, type=frozenset[NodeId]) if nodes else frozenset(),
                 tokens=tuple(self._tokens(request_id)),
                 ended=msgspec.json.decode(ended, type=Ended) if ended else None,
@@ -187,3 +187,18 @@ class JournalFile:
 
     def close(self) -> None:
         self._db.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Earlier:
+    """A row from before deadlines were kept on two clocks."""
+
+    deadline_unix_s: float | None = None
+
+
+def _read_accepted(row: bytes) -> Accepted:
+    accepted = msgspec.json.decode(row, type=Accepted)
+    unix_s = msgspec.json.decode(row, type=_Earlier).deadline_unix_s
+    if unix_s is None:
+        return accepted
+    return replace(accepted, deadline=LastingDeadline(monotonic_s=0.0, boot_id="", unix_s=unix_s))

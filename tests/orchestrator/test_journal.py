@@ -5,6 +5,7 @@ import sqlite3
 import time
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +92,18 @@ def test_after_another_boot_a_deadline_is_where_the_time_of_day_puts_it(monkeypa
     monkeypatch.setattr(time, "monotonic", lambda: 3.0)
     monkeypatch.setattr(time, "time", lambda: deadline.unix_s - 2.0)
     assert deadline.here() == pytest.approx(5.0)
+
+
+def test_a_deadline_of_a_row_without_a_clock_is_by_the_time_of_day(tmp_path):
+    """As rows were before deadlines were kept on two clocks."""
+    file = JournalFile(tmp_path / "journal", "bundle")
+    row = msgspec.json.decode(msgspec.json.encode(accepted("a")))
+    del row["deadline"]
+    earlier = msgspec.json.encode({**row, "deadline_unix_s": 1.8e9})
+    file._db.execute("INSERT INTO requests (id, accepted) VALUES ('a', ?)", (earlier,))
+    (written,) = file.read()
+    deadline = LastingDeadline(monotonic_s=0.0, boot_id="", unix_s=1.8e9)
+    assert written.accepted == replace(accepted("a"), deadline=deadline)
 
 
 def test_an_id_that_is_used_again_begins_anew(tmp_path):
