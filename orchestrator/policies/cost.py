@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from edgellm.jetson.profiles import GIGABIT_ETHERNET_GB_S, LOOPBACK_GB_S
 from edgellm.orchestrator.core.policy import NodeView, WaitingRequest
-from edgellm.orchestrator.policies.room import Decoders
+from edgellm.orchestrator.policies.room import Decoders, failed_links
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class CostModel:
     """Reading on a decode node must be this much sooner to be worth it: answers that start meanwhile stall as well."""
     interruption_s: float = 0.005
     """Least cost of changing a decode device over to another engine and back: an assumption, about one step."""
+
+    failed_link_s: float = 10.0
+    """What it costs to try a link that failed lately: where it still fails, the network takes about so long to give up.
+    Waiting for others is better, but not without end."""
 
     def with_speeds(self, nodes: Sequence[NodeView]) -> list[NodeView]:
         """The nodes, those that have not measured their reading speed with the mean of those that have."""
@@ -50,15 +54,19 @@ class CostModel:
     def remote_s(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> float:
         """Queue and prompt on the prefill node, then what sending did not hide behind reading."""
         read_s = self.read_s(prefill, request.prompt_tokens)
-        return self.read_s(prefill, prefill.prefill_tokens) + read_s + self._exposed_s(request, prefill, decode)
+        return self.read_s(prefill, prefill.prefill_tokens) + read_s + self._sending_s(request, prefill, decode)
 
     def local_s(self, request: WaitingRequest, decode: Decoders) -> float:
         """Prompt on the node of the first stage, which holds up the answers that run there."""
         head = decode.head
         tokens = head.prefill_tokens + request.prompt_tokens
         stalled = self.reluctance + self.interference * decode.running
-        exposed_s = self._exposed_s(request, head, decode) if len(decode.nodes) > 1 else 0.0
-        return self.interruption_s + self.read_s(head, tokens) * stalled + exposed_s
+        sending_s = self._sending_s(request, head, decode) if len(decode.nodes) > 1 else 0.0
+        return self.interruption_s + self.read_s(head, tokens) * stalled + sending_s
+
+    def _sending_s(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> float:
+        risk_s = self.failed_link_s * failed_links(prefill, decode)
+        return risk_s + self._exposed_s(request, prefill, decode)
 
     def _exposed_s(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> float:
         last_chunk = min(request.prompt_tokens, self.chunk_tokens)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
-from edgellm.orchestrator.policies.room import Decoders, Room, avoided, fits
+from edgellm.orchestrator.policies.room import Decoders, Room, failed_links, failed_nodes, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,12 @@ class DistServe:
         pairs = [(n, d) for d in room.decoders(request) for n in room.prefillers() if self._has_turn(request, n, d)]
         if not pairs:
             return None
-        reader, decode = min(
-            pairs, key=lambda pair: (avoided(request, *pair), -pair[1].free_blocks, pair[0].prefill_tokens)
-        )
+
+        def order(pair: tuple[NodeView, Decoders]) -> tuple[int, int, int]:
+            avoided = failed_nodes(request, *pair) + failed_links(*pair)
+            return avoided, -pair[1].free_blocks, pair[0].prefill_tokens
+
+        reader, decode = min(pairs, key=order)
         return Placement(
             request_id=request.request_id, prefill=reader.connection, pipeline=decode.pipeline, path="remote"
         )

@@ -8,7 +8,7 @@ from edgellm.orchestrator.core.pipelines import Pipeline
 from edgellm.orchestrator.core.policy import NodeView, Placement, WaitingRequest
 from edgellm.orchestrator.core.values import PrefillPath
 from edgellm.orchestrator.policies.cost import CostModel
-from edgellm.orchestrator.policies.room import Decoders, Room, avoided, fits
+from edgellm.orchestrator.policies.room import Decoders, Room, failed_nodes, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class _Option:
 
     placement: Placement
     cost_s: float
-    avoided: int
+    failed_nodes: int
     now: bool
 
 
@@ -79,7 +79,7 @@ class DualPool:
         options += [self._local(request, d) for d in decoders if d.head.can_prefill]
         if may_degrade:
             options = [self._degraded(request, d) for d in decoders if len(d.nodes) == 1]
-        return min(options, key=lambda option: (option.avoided, option.cost_s), default=None)
+        return min(options, key=lambda option: (option.failed_nodes, option.cost_s), default=None)
 
     def _remote(self, request: WaitingRequest, prefill: NodeView, decode: Decoders) -> _Option:
         ahead = prefill.prefill_tokens
@@ -87,7 +87,7 @@ class DualPool:
         return _Option(
             placement=_placement(request, prefill, decode, "remote"),
             cost_s=self.cost.remote_s(request, prefill, decode) + self._crowding_s(decode),
-            avoided=avoided(request, prefill, decode),
+            failed_nodes=failed_nodes(request, prefill, decode),
             now=has_turn and fits(prefill, request.prompt_blocks),
         )
 
@@ -95,7 +95,7 @@ class DualPool:
         return _Option(
             placement=_placement(request, decode.head, decode, "local"),
             cost_s=self.cost.local_s(request, decode) + self._crowding_s(decode),
-            avoided=avoided(request, decode.head, decode),
+            failed_nodes=failed_nodes(request, decode.head, decode),
             now=True,
         )
 

@@ -33,10 +33,14 @@ class Decoders:
         return min(node.free_blocks for node in self.nodes)
 
 
-def avoided(request: WaitingRequest, prefill: NodeView, decode: Decoders) -> int:
-    """How many nodes the request failed on before, and links that failed lately: used only if nothing else is left."""
-    nodes = {prefill.connection, *decode.connections} & request.avoid
-    return len(nodes) + len(prefill.avoid & decode.connections)
+def failed_nodes(request: WaitingRequest, prefill: NodeView, decode: Decoders) -> int:
+    """How many of them the request failed on before: used only if nothing else is left."""
+    return len({prefill.connection, *decode.connections} & request.avoid)
+
+
+def failed_links(prefill: NodeView, decode: Decoders) -> int:
+    """How many of the links that KV takes failed lately."""
+    return len(prefill.avoid & decode.connections)
 
 
 class Room:

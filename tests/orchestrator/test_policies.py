@@ -113,6 +113,17 @@ def test_links_that_failed_are_used_last(policy):
     assert receiver([*nodes, node(4, "prefill", prefill_tokens=3000)]) == (4, 2)
 
 
+def test_a_link_that_failed_is_tried_when_waiting_for_others_would_take_longer():
+    cut_off, decode = node(1, "prefill", avoid=frozenset({ConnectionId(2)})), node(2, can_prefill=False)
+
+    def reader(queue_tokens):
+        return plan([waiting()], [cut_off, decode, node(4, "prefill", prefill_tokens=queue_tokens)])
+
+    assert reader(3000) == [("r", "remote", 4, 2)]
+    assert reader(8000) == []
+    assert reader(12_000) == [("r", "remote", 1, 2)]
+
+
 def test_least_slack_first_and_takeovers_before_all():
     small = [node(1, "prefill", free_sequences=1), node(2, can_prefill=False)]
     urgent, late, resumed = waiting("urgent", deadline_s=1.0), waiting("late"), waiting("resumed", generated_tokens=3)
