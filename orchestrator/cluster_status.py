@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 
 from edgellm.orchestrator.core.node import Node
-from edgellm.orchestrator.core.pipelines import form_pipelines
 from edgellm.orchestrator.core.protection import copy_lag_tokens
 from edgellm.orchestrator.core.requests import Decoding, Request
 from edgellm.orchestrator.core.state import ClusterState
@@ -56,9 +55,8 @@ def _holds_copy(request: Request, node: Node) -> bool:
 
 def _carried(state: ClusterState, node: Node) -> Iterator[Layers]:
     """For new requests, and for those under way."""
-    cut = state.config.cut
     working = [request.phase.pipeline for request in state.requests.values() if isinstance(request.phase, Decoding)]
-    for pipeline in (*form_pipelines(state.nodes.carriers(cut), cut), *working):
+    for pipeline in (*state.pipelines(), *working):
         yield from (stage.layers for stage in pipeline if stage.connection == node.connection)
 
 

@@ -24,6 +24,7 @@ _FAILURE: dict[cluster_pb2.FailureKind.ValueType, FailureKind] = {
     cluster_pb2.FAILURE_KIND_TRANSFER: "transfer",
     cluster_pb2.FAILURE_KIND_CAPACITY: "capacity",
     cluster_pb2.FAILURE_KIND_REQUEST: "request",
+    cluster_pb2.FAILURE_KIND_STALE: "stale",
 }
 
 
@@ -166,6 +167,7 @@ def _copy_lost(connection: ConnectionId, lost: cluster_pb2.CopyLost) -> events.C
         attempt=attempt_from_proto(lost.attempt),
         holder=NodeId(lost.holder_node_id),
         layers=Layers(lost.first_layer, lost.num_layers),
+        kind=_FAILURE.get(lost.kind, "engine"),
         message=lost.message,
     )
 

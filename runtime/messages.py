@@ -108,7 +108,7 @@ class Tokens:
     with_logprob: frozenset[Attempt]
 
 
-FailureKind: TypeAlias = Literal["engine", "transfer", "capacity", "request"]
+FailureKind: TypeAlias = Literal["engine", "transfer", "capacity", "request", "stale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +155,7 @@ class CopyLost:
     holder: NodeId
     first_layer: int
     num_layers: int
+    kind: FailureKind
     message: str
 
 

@@ -149,7 +149,8 @@ class Node:
             self._answers.protect(command.attempt, own)
         else:
             for copy in own:
-                self.copy_lost(command.attempt, copy.target.node_id, copy.target.layers, "no answer runs here")
+                error = TransferError("stale", copy.target.node_id, "no answer runs here")
+                self.copy_lost(command.attempt, copy.target.layers, error)
 
     def release(self, command: Release) -> None:
         self.lifecycle.release(command.attempt)
@@ -240,7 +241,7 @@ class Node:
     def kv_lost(self, attempt: Attempt, part: PromptPart) -> None:
         """The sender has gone before the KV of these layers was complete."""
         if part.backup:
-            self.copy_lost(attempt, self.node_id, part.layers, "its sender has gone")
+            self.copy_lost(attempt, part.layers, TransferError("transfer", self.node_id, "its sender has gone"))
             return
         self.lifecycle.forget_kv(attempt)
         with self.lifecycle.failing(attempt):
@@ -262,12 +263,18 @@ class Node:
         if not self._readings.stays(attempt):
             self.lifecycle.let_go(attempt)
 
-    def copy_lost(self, attempt: Attempt, holder: NodeId, layers: range, message: str) -> None:
-        """A copy is not kept up any more; the request goes on without."""
-        _log.info("copy lost %s holder=%s message=%s", attempt, holder, message)
-        first_layer, num_layers = layers.start, len(layers)
+    def copy_lost(self, attempt: Attempt, layers: range, error: TransferError) -> None:
+        """The copy at the peer of `error` is not kept up any more; the request goes on without."""
+        _log.info("copy lost %s holder=%s kind=%s message=%s", attempt, error.peer, error.kind, error)
         self._emit(
-            CopyLost(attempt=attempt, holder=holder, first_layer=first_layer, num_layers=num_layers, message=message)
+            CopyLost(
+                attempt=attempt,
+                holder=error.peer,
+                first_layer=layers.start,
+                num_layers=len(layers),
+                kind=error.kind,
+                message=str(error),
+            )
         )
 
     def report_copies(self, attempts: Sequence[Attempt] | None = None) -> None:

@@ -137,9 +137,7 @@ class NodeServer:
             prefill_tokens_per_s=lambda: self._engine_loop.progress.prefill_tokens_per_s,
             hooks=SenderHooks(
                 on_sent=self.node.kv_sent,
-                on_backup_lost=lambda attempt, target, message: self.node.copy_lost(
-                    attempt, target.node_id, target.layers, message
-                ),
+                on_backup_lost=lambda attempt, target, error: self.node.copy_lost(attempt, target.layers, error),
                 on_over=self.node.transfers_over,
                 on_failed=self.node.kv_not_sent,
                 on_crash=self._crashed,

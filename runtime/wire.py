@@ -21,6 +21,7 @@ _FAILURE: dict[messages.FailureKind, cluster_pb2.FailureKind.ValueType] = {
     "transfer": cluster_pb2.FAILURE_KIND_TRANSFER,
     "capacity": cluster_pb2.FAILURE_KIND_CAPACITY,
     "request": cluster_pb2.FAILURE_KIND_REQUEST,
+    "stale": cluster_pb2.FAILURE_KIND_STALE,
 }
 
 
@@ -186,6 +187,7 @@ def _copy_lost(event: messages.CopyLost) -> cluster_pb2.CopyLost:
         holder_node_id=event.holder,
         first_layer=event.first_layer,
         num_layers=event.num_layers,
+        kind=_FAILURE[event.kind],
         message=event.message,
     )
 

@@ -38,7 +38,7 @@ class CoreConfig:
     and requests are moved away from it."""
     link_pause_s: float = 5.0
     """For so long a link between two nodes that failed is avoided, where there is another way; twice as long after each
-    further failure, until something gets through. A node that its pipeline cannot reach gets nothing new meanwhile."""
+    further failure, until something gets through."""
     longest_link_pause_s: float = 60.0
     hot_copies: bool = True
     """Whether every stage's KV is copied to another node while it grows. Without copies the loss of a decode node costs
@@ -48,7 +48,7 @@ class CoreConfig:
     protect_pause_s: float = 1.0
     """Between two tries to find a holder for a missing copy."""
     copy_timeout_s: float = 20.0
-    """A copy that has not reached the end of the prompt after so long is given up."""
+    """A copy that lacks some of the prompt for so long after it was read is given up."""
     recovery_wait_s: float = 1.5
     """After a restart, how long requests wait for nodes to say what they hold, before their prompts are read again."""
     max_attempts: int = 5

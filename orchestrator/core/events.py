@@ -120,6 +120,7 @@ class CopyLost:
     attempt: AttemptId
     holder: NodeId
     layers: Layers
+    kind: FailureKind
     message: str
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from edgellm.orchestrator.core.addresses import copies_of, stages_of
 from edgellm.orchestrator.core.commands import DropNode, HoldCopies, NoteTakeover, StartDecode
 from edgellm.orchestrator.core.node import Node
-from edgellm.orchestrator.core.pipelines import Pipeline, connections_of, form_pipelines
+from edgellm.orchestrator.core.pipelines import Pipeline, connections_of
 from edgellm.orchestrator.core.requests import Decoding, Request
 from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.core.takeover import RecoveryCost, Takeover, plan_takeover
@@ -66,6 +66,7 @@ def plan_for(state: ClusterState, request: Request, lost: Collection[ConnectionI
         lost,
         kv_tokens=request.kv_tokens,
         prompt_tokens=len(request.spec.prompt),
+        avoid=state.links.avoided(state.now_s),
     )
 
 
@@ -112,8 +113,7 @@ def start_decode(
 def _is_worse(state: ClusterState, request: Request, takeover: Takeover) -> bool:
     """Whether it would go on at a far slower device for so long that reading the prompt again is predicted to end
     sooner, on a pipeline for new requests. Nearer speeds are mostly chance, and copies spare everybody the reading."""
-    cut = state.config.cut
-    steps = [_step_s(state, pipeline) for pipeline in form_pipelines(state.nodes.carriers(cut), cut)]
+    steps = [_step_s(state, pipeline) for pipeline in state.pipelines()]
     step_s, best_step_s = _step_s(state, takeover.pipeline), min(steps, default=math.inf)
     if step_s < FAR_SLOWER * best_step_s:
         return False

@@ -1,6 +1,7 @@
 """Which links between nodes failed lately: others are used instead, for a while."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.values import ConnectionId
@@ -12,12 +13,16 @@ class _Failure:
     until_s: float
 
 
+Link: TypeAlias = tuple[ConnectionId, ConnectionId]
+"""From the first to the second."""
+
+
 class Links:
     """One direction each. They are known by connection: a node that comes back is not held to what was before."""
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
-        self._failures: dict[tuple[ConnectionId, ConnectionId], _Failure] = {}
+        self._failures: dict[Link, _Failure] = {}
 
     @property
     def ends(self) -> set[ConnectionId]:
@@ -42,9 +47,10 @@ class Links:
 
     def avoided_from(self, now_s: float, source: ConnectionId) -> frozenset[ConnectionId]:
         """The nodes that this one should send nothing to."""
-        return frozenset(
-            target for (one, target), failure in self._failures.items() if one == source and now_s < failure.until_s
-        )
+        return frozenset(target for one, target in self.avoided(now_s) if one == source)
+
+    def avoided(self, now_s: float) -> frozenset[Link]:
+        return frozenset(link for link, failure in self._failures.items() if now_s < failure.until_s)
 
     def forget(self, connection: ConnectionId) -> None:
         """The node is gone."""

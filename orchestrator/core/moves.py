@@ -1,4 +1,4 @@
-"""Requests leave nodes that are alive but do not serve them: out of reach of a peer, or far slower than usual."""
+"""Requests leave nodes that are alive but do not serve them: out of a peer's reach, or far slower than usual."""
 
 from edgellm.orchestrator.core.failures import go_on_without, plan_for, resume
 from edgellm.orchestrator.core.node import Node
@@ -25,7 +25,6 @@ def _go_round(state: ClusterState, request: Request, stall: Stall) -> None:
     lost = set()
     if peer is not None and peer.state != "dead":
         state.link_failed(stall.source, peer.connection)
-        peer.unreachable_until_s = state.links.avoided_until_s(stall.source, peer.connection)
         can_do_without = plan_for(state, request, {peer.connection}) is not None
         lost = {peer.connection} if can_do_without or request.attempts > 0 else set()
     go_on_without(state, request, lost, why, last_sign_s=stall.since_s)

@@ -56,13 +56,11 @@ class Node:
     """What its process brought along from an earlier orchestrator; each has a lease that is not released."""
     suspect_until_s: float = -math.inf
     """A peer could not reach it."""
-    unreachable_until_s: float = -math.inf
-    """The same, and it was still alive: the link is what is broken."""
     step_times: StepTimes = field(default_factory=StepTimes)
 
     def why(self, now_s: float) -> str:
         """For people: the reason for its state."""
-        if now_s < max(self.suspect_until_s, self.unreachable_until_s):
+        if now_s < self.suspect_until_s:
             return "a peer cannot reach it"
         if self.state == "draining":
             return f"decode steps take {self.step_times.factor:.1f} times as long as usual"

@@ -155,8 +155,7 @@ class NodeRegistry:
     def _state(self, now_s: float, node: Node) -> NodeState:
         if now_s - node.last_beat_s > self._config.suspect_after_s or now_s < node.suspect_until_s:
             return "suspect"
-        slow = node.step_times.slow_since_s is not None
-        return "draining" if slow or now_s < node.unreachable_until_s else "ready"
+        return "ready" if node.step_times.slow_since_s is None else "draining"
 
 
 def _process(profile: NodeProfile) -> tuple[str, int]:

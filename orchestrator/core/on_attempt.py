@@ -43,6 +43,7 @@ def _enter_decoding(state: ClusterState, request: Request, phase: Prefilling) ->
         kv_complete=all_here,
     )
     request.kv_tokens = len(request.spec.prompt)
+    request.copies = tuple(replace(copy, since_s=state.now_s) for copy in request.copies)
     request.clock.restored(state.now_s)
     state.note_request(request, "decoding", state.nodes.names(*nodes))
 
@@ -104,7 +105,7 @@ def attempt_failed(state: ClusterState, event: AttemptFailed) -> None:
         state.finish(request, "error", event.message)
     else:
         if event.kind == "transfer":
-            _blame_link(state, request, event)
+            _blame_link(state, event)
             request.avoid.add(event.connection)  # which end of the link is at fault, neither can tell
         delay_s = state.config.retry_delay_s * 2**request.attempts
         state.try_elsewhere(request, _culprit(state, event), event.message, delay_s=delay_s)
@@ -118,13 +119,10 @@ def _forgo(state: ClusterState, request: Request | None, event: AttemptFailed) -
     state.release_on(event.connection, event.attempt)
 
 
-def _blame_link(state: ClusterState, request: Request, event: AttemptFailed) -> None:
-    """A sender names its peer; a receiver only knows that KV did not come."""
-    phase = request.phase
+def _blame_link(state: ClusterState, event: AttemptFailed) -> None:
+    """Only a sender knows, and names its peer. To a receiver KV may not have come because another link failed."""
     if event.peer is not None:
         state.link_failed(event.connection, _culprit(state, event))
-    elif isinstance(phase, Decoding) and phase.kv_source is not None and not phase.kv_complete:
-        state.link_failed(phase.kv_source, event.connection)
 
 
 def _culprit(state: ClusterState, event: AttemptFailed) -> ConnectionId:

@@ -4,10 +4,11 @@ The plan cuts the model into stages once and for all; only who carries them chan
 stage in order, and a node may carry several.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from edgellm.orchestrator.core.links import Link
 from edgellm.orchestrator.core.values import ConnectionId, Layers, NodeId, Role
 
 
@@ -41,19 +42,23 @@ def connections_of(pipeline: Pipeline) -> tuple[ConnectionId, ...]:
     return tuple(dict.fromkeys(stage.connection for stage in pipeline))
 
 
-def form_pipelines(carriers: Iterable[Carrier], cut: Sequence[Layers]) -> tuple[Pipeline, ...]:
+def form_pipelines(
+    carriers: Iterable[Carrier], cut: Sequence[Layers], avoid: Set[Link] = frozenset()
+) -> tuple[Pipeline, ...]:
     """The pipelines that new requests may go to.
 
     1. One node per stage, as many times over as there are nodes for every stage; further nodes are spares.
     2. Where a stage has no node, one pipeline with its holes filled: from spares, else by the next node in the ring.
-    3. Without any decode node that is well, the same with those that are draining, and at last with prefill nodes.
+    3. Without any decode node that is well, the same with those that are draining.
+    4. Where all that takes a link of `avoid`, the same over such links, and at last with prefill nodes.
     """
     by_name = sorted(carriers, key=lambda carrier: carrier.node_id)
     decoders = [carrier for carrier in by_name if carrier.role == "decode"]
     well = [carrier for carrier in decoders if not carrier.draining]
     prefillers = [carrier for carrier in by_name if carrier.role == "prefill"]
-    for group in (well, decoders, prefillers):
-        found = _whole_pipelines(group, cut) or _patched_pipeline(group, cut)
+    none: Set[Link] = frozenset()
+    for group, avoided in ((well, avoid), (decoders, avoid), (well, none), (decoders, none), (prefillers, none)):
+        found = _whole_pipelines(group, cut, avoided) or _patched_pipeline(group, cut, avoided)
         if found:
             return found
     return ()
@@ -68,21 +73,46 @@ def solo_pipelines(carriers: Iterable[Carrier], cut: Sequence[Layers]) -> tuple[
     )
 
 
-def _whole_pipelines(group: Sequence[Carrier], cut: Sequence[Layers]) -> tuple[Pipeline, ...]:
-    at_home = [[carrier for carrier in group if carrier.home == layers] for layers in cut]
+def _whole_pipelines(group: Sequence[Carrier], cut: Sequence[Layers], avoid: Set[Link]) -> tuple[Pipeline, ...]:
+    rows: list[tuple[ConnectionId, ...]] = [(one.connection,) for one in group if one.home == cut[0]]
+    for layers in cut[1:]:
+        rows = _continued(rows, [carrier.connection for carrier in group if carrier.home == layers], avoid)
     return tuple(
-        tuple(Stage(connection=carrier.connection, layers=layers) for carrier, layers in zip(row, cut, strict=True))
-        for row in zip(*at_home, strict=False)
+        tuple(Stage(connection=connection, layers=layers) for connection, layers in zip(row, cut, strict=True))
+        for row in rows
     )
 
 
-def _patched_pipeline(group: Sequence[Carrier], cut: Sequence[Layers]) -> tuple[Pipeline, ...]:
+def _continued(
+    rows: Sequence[tuple[ConnectionId, ...]], nodes: Sequence[ConnectionId], avoid: Set[Link]
+) -> list[tuple[ConnectionId, ...]]:
+    """As many rows as can be, each with one more node; in turn where nothing is avoided. (Kuhn's matching.)"""
+    row_of = dict[ConnectionId, int]()
+
+    def place(row: int, seen: set[ConnectionId]) -> bool:
+        open_to = [node for node in nodes if node not in seen and (rows[row][-1], node) not in avoid]
+        for node in sorted(open_to, key=lambda node: node in row_of):
+            seen.add(node)
+            if node not in row_of or place(row_of[node], seen):
+                row_of[node] = row
+                return True
+        return False
+
+    for row in range(len(rows)):
+        place(row, set())
+    return [(*rows[row], node) for node, row in sorted(row_of.items(), key=lambda pair: pair[1])]
+
+
+def _patched_pipeline(group: Sequence[Carrier], cut: Sequence[Layers], avoid: Set[Link]) -> tuple[Pipeline, ...]:
     members: list[Carrier | None] = [next((c for c in group if c.home == layers), None) for layers in cut]
     unused = [carrier for carrier in group if carrier not in members]
-    stages = []
+    stages = list[Stage]()
     for index, layers in enumerate(cut):
         ring = [member for member in members[index:] + members[:index] if member is not None]
-        carrier = next((c for c in (ring[:1] if members[index] else [*unused, *ring]) if layers in c.carries), None)
+        choice = [*(ring[:1] if members[index] else ()), *unused, *ring]
+        if stages:
+            choice = [carrier for carrier in choice if (stages[-1].connection, carrier.connection) not in avoid]
+        carrier = next((carrier for carrier in choice if layers in carrier.carries), None)
         if carrier is None:
             return ()
         unused = [other for other in unused if other is not carrier] or unused

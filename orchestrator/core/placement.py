@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from edgellm.orchestrator.core.addresses import target_of
 from edgellm.orchestrator.core.commands import StartPrefill
 from edgellm.orchestrator.core.node import Node
-from edgellm.orchestrator.core.pipelines import Pipeline, connections_of, form_pipelines, solo_pipelines
+from edgellm.orchestrator.core.pipelines import Pipeline, connections_of, solo_pipelines
 from edgellm.orchestrator.core.policy import NodeView, Placement, Policy, WaitingRequest
 from edgellm.orchestrator.core.protection import choose_copies
 from edgellm.orchestrator.core.requests import Prefilling, Queued, Request
@@ -40,10 +40,9 @@ def _view(state: ClusterState, node: Node) -> NodeView:
 
 def _pipelines(state: ClusterState, views: Sequence[NodeView]) -> tuple[Pipeline, ...]:
     """Without any half-precision engine only those count that can read a prompt with the decode engine."""
-    carriers = state.nodes.carriers(state.config.cut)
     if any(view.can_prefill for view in views):
-        return form_pipelines(carriers, state.config.cut)
-    return solo_pipelines(carriers, state.config.cut)
+        return state.pipelines()
+    return solo_pipelines(state.nodes.carriers(state.config.cut), state.config.cut)
 
 
 def _lease(state: ClusterState, request: Request, placement: Placement) -> None:

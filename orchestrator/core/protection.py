@@ -123,7 +123,7 @@ def copy_lost(state: ClusterState, event: CopyLost) -> None:
     request, holder = state.request_of(event.attempt), state.nodes.named(event.holder)
     if request is None or holder is None:
         return
-    if event.connection != holder.connection:
+    if event.kind == "transfer" and event.connection != holder.connection:
         state.link_failed(event.connection, holder.connection)
     for copy in request.copies:
         if copy.holder == holder.connection and copy.layers in event.layers:

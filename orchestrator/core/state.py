@@ -14,6 +14,7 @@ from edgellm.orchestrator.core.config import CoreConfig
 from edgellm.orchestrator.core.links import Links
 from edgellm.orchestrator.core.node import Node
 from edgellm.orchestrator.core.nodes import NodeRegistry
+from edgellm.orchestrator.core.pipelines import Pipeline, form_pipelines
 from edgellm.orchestrator.core.requests import Queued, Request
 from edgellm.orchestrator.core.values import AttemptId, ConnectionId, FinishReason, RequestId, SampledToken
 
@@ -52,6 +53,11 @@ class ClusterState:
         node = self.nodes.get(connection)
         if node is not None and node.end_lease(attempt):
             self.may_place = True
+
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """Those that new requests may go to."""
+        cut = self.config.cut
+        return form_pipelines(self.nodes.carriers(cut), cut, self.links.avoided(self.now_s))
 
     def link_failed(self, source: ConnectionId, target: ConnectionId) -> None:
         """Between two nodes that are both alive. What else was on the link and fails with it tells nothing new."""

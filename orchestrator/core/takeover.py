@@ -1,8 +1,10 @@
 """How a request goes on when nodes under it are lost: a pure function of who holds which KV, and how far."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
+from edgellm.orchestrator.core.links import Link
 from edgellm.orchestrator.core.pipelines import Pipeline, Stage
 from edgellm.orchestrator.core.values import ConnectionId, Layers
 
@@ -19,7 +21,7 @@ class Copy:
     tokens: int = 0
     """Its first positions, as far as the holder has reported."""
     since_s: float = 0.0
-    """When it was begun."""
+    """When it was begun, or the prompt was read, whichever was later."""
     live: bool = True
     """Kept up to date; one that is not still serves to go on from where it ends."""
 
@@ -42,17 +44,21 @@ def plan_takeover(
     *,
     kv_tokens: int,
     prompt_tokens: int,
+    avoid: Set[Link] = frozenset(),
 ) -> Takeover | None:
-    """1. A stage stays where it is, unless its node is lost; then the holder of its longest copy carries it.
+    """1. A stage stays where it is, unless its node is lost; then the holder of its longest copy carries it, of one
+       that takes no link of `avoid` to the stages beside it if there is any.
     2. All stages are cut to what the shortest of them has; those that stay have `kv_tokens` positions.
     3. None where a stage has no copy of at least the prompt: only the prompt can restore what comes before.
     """
-    stages, tokens = [], kv_tokens
-    for stage in pipeline:
+    stages, tokens = list[Stage](), kv_tokens
+    for stage, following in zip_longest(pipeline, pipeline[1:]):
         if stage.connection not in lost:
             stages.append(stage)
             continue
-        copy = max(_usable(copies, stage, lost, prompt_tokens), key=lambda copy: copy.tokens, default=None)
+        out_of_reach = _out_of_reach(avoid, stages[-1:], [following] if following else [])
+        usable = _usable(copies, stage, lost, prompt_tokens)
+        copy = max(usable, key=lambda copy: (copy.holder not in out_of_reach, copy.tokens), default=None)
         if copy is None:
             return None
         stages.append(Stage(connection=copy.holder, layers=stage.layers))
@@ -62,6 +68,12 @@ def plan_takeover(
         replace(copy, tokens=min(copy.tokens, tokens), live=True) for copy in kept if _still_copy(copy, stages)
     )
     return Takeover(pipeline=tuple(stages), tokens=tokens, copies=remaining)
+
+
+def _out_of_reach(avoid: Set[Link], before: Sequence[Stage], after: Sequence[Stage]) -> set[ConnectionId]:
+    """Nodes that should not carry what is between these stages."""
+    senders, receivers = {stage.connection for stage in before}, {stage.connection for stage in after}
+    return {to for one, to in avoid if one in senders} | {one for one, to in avoid if to in receivers}
 
 
 def _usable(copies: Sequence[Copy], stage: Stage, lost: Collection[ConnectionId], prompt_tokens: int) -> Iterator[Copy]:

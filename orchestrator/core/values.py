@@ -10,10 +10,11 @@ ConnectionId = NewType("ConnectionId", int)
 
 Role: TypeAlias = Literal["prefill", "decode"]
 NodeState: TypeAlias = Literal["ready", "suspect", "draining", "dead"]
-"""`draining`: alive, but far slower than usual or out of a peer's reach: gets nothing new, and what it has is moved."""
+"""`draining`: alive, but far slower than usual: gets nothing new, and what it has is moved."""
 PrefillPath: TypeAlias = Literal["remote", "local", "degraded"]
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "error"]
-FailureKind: TypeAlias = Literal["engine", "transfer", "capacity", "request"]
+FailureKind: TypeAlias = Literal["engine", "transfer", "capacity", "request", "stale"]
+"""`transfer`: what was sent did not arrive. `stale`: it did, where the attempt is not any more, or not yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,7 @@ class KvPush:
         if ack.status == kv_pb2.KV_ACK_STATUS_NO_CAPACITY:
             raise TransferError("capacity", self.target.node_id, ack.message)
         if ack.status == kv_pb2.KV_ACK_STATUS_STALE:
-            raise self._failure("the receiver has released this attempt")
+            raise TransferError("stale", self.target.node_id, f"{self.target.node_id} has released this attempt")
 
     def _expect_progress(self, *, waiting_for_receiver: bool = True) -> None:
         """Set the deadline of whatever is next; there is none while the prompt is being computed."""

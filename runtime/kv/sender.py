@@ -72,7 +72,7 @@ class SenderHooks:
 
     on_sent: Callable[[Attempt, TransferStats], None]
     """Every target but backups has everything; not called where all are backups."""
-    on_backup_lost: Callable[[Attempt, KvTarget, str], None]
+    on_backup_lost: Callable[[Attempt, KvTarget, TransferError], None]
     on_over: Callable[[Attempt], None]
     """Nothing is being sent any more, and nothing failed but backups."""
     on_failed: Callable[[Attempt, TransferError], None]
@@ -166,7 +166,7 @@ class KvSender:
             await push.run(self._links)
         except TransferError as error:
             push.stop()
-            self._hooks.on_backup_lost(attempt, push.target, str(error))
+            self._hooks.on_backup_lost(attempt, push.target, error)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

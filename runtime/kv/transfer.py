@@ -7,7 +7,8 @@ from typing import Literal, Protocol, TypeAlias
 from edgellm.engines.kv import BlockId
 from edgellm.runtime.kv.types import Attempt, KvCopy, KvTarget, NodeId, TransferStats
 
-TransferFailure: TypeAlias = Literal["transfer", "capacity"]
+TransferFailure: TypeAlias = Literal["transfer", "capacity", "stale"]
+"""`stale`: the receiver has let go of the attempt, or has not heard of it yet; it was reached."""
 
 
 class TransferError(Exception):

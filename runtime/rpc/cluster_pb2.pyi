@@ -35,6 +35,8 @@ class _FailureKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureKi
     """No free blocks."""
     FAILURE_KIND_REQUEST: _FailureKind.ValueType  # 4
     """The request itself is wrong; trying again cannot help."""
+    FAILURE_KIND_STALE: _FailureKind.ValueType  # 5
+    """The attempt is not there any more, or not yet; nothing is wrong with the way there."""
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper): ...
 
@@ -47,6 +49,8 @@ FAILURE_KIND_CAPACITY: FailureKind.ValueType  # 3
 """No free blocks."""
 FAILURE_KIND_REQUEST: FailureKind.ValueType  # 4
 """The request itself is wrong; trying again cannot help."""
+FAILURE_KIND_STALE: FailureKind.ValueType  # 5
+"""The attempt is not there any more, or not yet; nothing is wrong with the way there."""
 Global___FailureKind: _TypeAlias = FailureKind  # noqa: Y015
 
 @_typing.final
@@ -1005,7 +1009,7 @@ Global___KvCopied: _TypeAlias = KvCopied  # noqa: Y015
 
 @_typing.final
 class CopyLost(_message.Message):
-    """This node stopped keeping a copy of these layers up to date."""
+    """This node stopped keeping a copy of these layers up to date. Only TRANSFER says that the holder was not reached."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1014,10 +1018,12 @@ class CopyLost(_message.Message):
     FIRST_LAYER_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     holder_node_id: _builtins.str
     first_layer: _builtins.int
     num_layers: _builtins.int
     message: _builtins.str
+    kind: Global___FailureKind.ValueType
     @_builtins.property
     def attempt(self) -> Global___Attempt: ...
     def __init__(
@@ -1028,10 +1034,11 @@ class CopyLost(_message.Message):
         first_layer: _builtins.int = ...,
         num_layers: _builtins.int = ...,
         message: _builtins.str = ...,
+        kind: Global___FailureKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_layer", b"first_layer", "holder_node_id", b"holder_node_id", "message", b"message", "num_layers", b"num_layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_layer", b"first_layer", "holder_node_id", b"holder_node_id", "kind", b"kind", "message", b"message", "num_layers", b"num_layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,11 +5,18 @@ import numpy.typing as npt
 
 from edgellm.engines.base import Batch
 from edgellm.engines.kv import BlockId
-from edgellm.runtime.kv.transfer import TransferError, TransferJob
+from edgellm.runtime.kv.transfer import TransferError, TransferFailure, TransferJob
 from edgellm.runtime.kv.types import KvTarget, TransferStats
 from edgellm.runtime.rpc import cluster_pb2, inference_pb2
 from edgellm.runtime.rpc import tensor_parallel_pb2 as pb
 from edgellm.runtime.wire import attempt_from_proto, attempt_to_proto, target_from_proto, transfer_to_proto
+
+_TO_PROTO: dict[TransferFailure, cluster_pb2.FailureKind.ValueType] = {
+    "transfer": cluster_pb2.FAILURE_KIND_TRANSFER,
+    "capacity": cluster_pb2.FAILURE_KIND_CAPACITY,
+    "stale": cluster_pb2.FAILURE_KIND_STALE,
+}
+_FROM_PROTO = {number: kind for kind, number in _TO_PROTO.items()}
 
 
 def step_to_proto(batch: Batch) -> pb.RankStep:
@@ -83,13 +90,12 @@ def stats_from_proto(transfer: inference_pb2.KvTransfer) -> TransferStats:
 
 
 def failed_to_proto(transfer_id: int, error: TransferError) -> pb.RankMessage:
-    kind = cluster_pb2.FAILURE_KIND_CAPACITY if error.kind == "capacity" else cluster_pb2.FAILURE_KIND_TRANSFER
-    return pb.RankMessage(failed=pb.RankFailed(transfer_id=transfer_id, kind=kind, message=str(error)))
+    failed = pb.RankFailed(transfer_id=transfer_id, kind=_TO_PROTO[error.kind], message=str(error))
+    return pb.RankMessage(failed=failed)
 
 
 def error_from_proto(failed: pb.RankFailed, target: KvTarget) -> TransferError:
-    is_full = failed.kind == cluster_pb2.FAILURE_KIND_CAPACITY
-    return TransferError("capacity" if is_full else "transfer", target.node_id, failed.message)
+    return TransferError(_FROM_PROTO.get(failed.kind, "transfer"), target.node_id, failed.message)
 
 
 def _bytes(array: npt.NDArray[np.int32]) -> bytes:

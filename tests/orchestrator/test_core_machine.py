@@ -59,6 +59,7 @@ from tests.orchestrator.profiles import simulated_config, simulated_profile
 
 LONG_AGO = 1000.0
 NAMES = ("prefill0", "prefill1", "decode0", "decode1", "spare0")
+KINDS = ("engine", "transfer", "capacity", "request", "stale")
 WHOLE, HALVES = (Layers(0, 4),), (Layers(0, 2), Layers(2, 2))
 
 
@@ -221,12 +222,19 @@ class AnyOrder(RuleBasedStateMachine):
         copy = HeldKv(attempt=attempt, layers=self.any_layers(data), tokens=tokens)
         self.handle(KvCopied(connection=connection, copies=(copy,)))
 
-    @rule(connection=connections, data=st.data(), holder=st.sampled_from(NAMES))
-    def copy_lost(self, connection, data, holder):
+    @rule(connection=connections, data=st.data(), holder=st.sampled_from(NAMES), kind=st.sampled_from(KINDS))
+    def copy_lost(self, connection, data, holder, kind):
         _, attempt = data.draw(st.sampled_from(self.attempts[-6:]))
         layers = self.any_layers(data)
         self.handle(
-            CopyLost(connection=connection, attempt=attempt, holder=NodeId(holder), layers=layers, message="test")
+            CopyLost(
+                connection=connection,
+                attempt=attempt,
+                holder=NodeId(holder),
+                layers=layers,
+                kind=kind,
+                message="test",
+            )
         )
 
     @rule(connection=connections, data=st.data(), peer=st.sampled_from(NAMES))
@@ -304,7 +312,7 @@ class AnyOrder(RuleBasedStateMachine):
         connection, attempt = data.draw(st.sampled_from(self.attempts[-6:]))
         self.handle(KvSent(connection=connection, attempt=attempt, transfer=KvTransfer()))
 
-    @rule(data=st.data(), kind=st.sampled_from(("engine", "transfer", "capacity", "request")))
+    @rule(data=st.data(), kind=st.sampled_from(KINDS))
     def fail(self, data, kind):
         connection, attempt = data.draw(st.sampled_from(self.attempts[-6:]))
         self.handle(AttemptFailed(connection=connection, attempt=attempt, kind=kind, message="test"))

@@ -238,7 +238,9 @@ def test_after_a_takeover_the_lost_copy_is_made_again_once_the_answer_goes_on():
 def test_a_copy_that_stopped_growing_still_serves_and_is_continued():
     cluster = Cluster(PREFILL, D0, D1)
     cluster.decode(tokens=6, copied=41)
-    lost = CopyLost(connection=D0, attempt=cluster.attempt, holder=NodeId("d1"), layers=FRONT, message="slow")
+    lost = CopyLost(
+        connection=D0, attempt=cluster.attempt, holder=NodeId("d1"), layers=FRONT, kind="transfer", message="slow"
+    )
     cluster.happens(lost)
     assert [(copy.layers, copy.live) for copy in cluster.request.copies] == [(BACK, True), (FRONT, False)]
     protect = the(ProtectAttempt, cluster.passes(1.2, PREFILL, D0, D1))
@@ -249,7 +251,14 @@ def test_a_copy_that_never_came_about_is_let_go_of():
     cluster = Cluster(PREFILL, D0, D1, SPARE)
     cluster.decode(tokens=6, copied=0)
     for layers in CUT:
-        lost = CopyLost(connection=D0, attempt=cluster.attempt, holder=NodeId("spare"), layers=layers, message="full")
+        lost = CopyLost(
+            connection=D0,
+            attempt=cluster.attempt,
+            holder=NodeId("spare"),
+            layers=layers,
+            kind="capacity",
+            message="full",
+        )
         commands = cluster.happens(lost)
     assert the(ReleaseAttempt, commands).connection == SPARE
     protects = all_of(ProtectAttempt, cluster.passes(1.2, PREFILL, D0, D1, SPARE))
@@ -334,7 +343,7 @@ def test_a_broken_pipeline_of_what_has_ended_makes_nobody_suspect():
     assert cluster.core.state.nodes.get(D1).state == "ready"
 
 
-def test_a_node_out_of_reach_of_its_peer_is_gone_round_and_gets_nothing_new_for_a_while():
+def test_a_node_out_of_reach_of_its_peer_is_gone_round():
     cluster = Cluster(PREFILL, D0, D1, SPARE)
     cluster.decode(tokens=4, copied=42)
     before = cluster.attempt
@@ -342,8 +351,6 @@ def test_a_node_out_of_reach_of_its_peer_is_gone_round_and_gets_nothing_new_for_
     commands = cluster.passes(0.2, PREFILL, D0, D1, SPARE)
     assert [d.connection for d in all_of(StartDecode, commands)] == [D0, SPARE]
     assert ReleaseAttempt(connection=D1, attempt=before) in commands
-    assert cluster.core.state.nodes.get(D1).state == "draining"
-    cluster.passes(6.0, PREFILL, D0, D1, SPARE)
     assert cluster.core.state.nodes.get(D1).state == "ready"
 
 

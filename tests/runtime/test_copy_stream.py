@@ -69,9 +69,9 @@ class Source:
         await self.links.close()
         assert self.crashed == []
 
-    def _lose(self, one, holder, layers, message):
+    def _lose(self, one, layers, error):
         assert layers == LAYER_RANGE
-        self.lost[one, holder.removeprefix("holder at ")] = message
+        self.lost[one, error.peer.removeprefix("holder at ")] = f"{error.kind}: {error}"
 
 
 def write_rows(pool: HostKvPool, blocks, tokens, one):
@@ -174,6 +174,7 @@ def test_a_full_holder_costs_only_the_copy_that_does_not_fit():
         source.begin(attempt("b"), address, tokens=5)
         await eventually(lambda: source.lost)
         assert list(source.lost) == [(attempt("b"), address)]
+        assert source.lost[attempt("b"), address].startswith("capacity: ")
         assert "4" in source.lost[attempt("b"), address]
         source.compute(attempt("a"), 20)
         await eventually(lambda: holds(holder, attempt("a"), 20))
@@ -190,6 +191,7 @@ def test_an_older_epoch_is_refused_for_good_and_a_newer_one_waits_for_the_takeov
         source.begin(attempt(epoch=0), address, tokens=5)
         await eventually(lambda: source.lost)
         assert list(source.lost) == [(attempt(epoch=0), address)]
+        assert source.lost[attempt(epoch=0), address].startswith("stale: ")
         source.holdings.rename(attempt(epoch=1), attempt(epoch=2), 40)
         source.copies.stop(attempt(epoch=1))
         source.keep(attempt(epoch=2), address, from_token=38)
@@ -261,7 +263,7 @@ def test_an_address_where_nobody_listens_is_given_up():
     async def test(source):
         source.begin(attempt(), "127.0.0.1:1", tokens=5)
         await eventually(lambda: source.lost)
-        assert "UNAVAILABLE" in source.lost[attempt(), "127.0.0.1:1"]
+        assert "transfer: UNAVAILABLE" in source.lost[attempt(), "127.0.0.1:1"]
 
     copying(test)
 

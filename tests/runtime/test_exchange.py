@@ -39,7 +39,7 @@ class Outcome:
 
     sent: dict[Attempt, TransferStats] = field(default_factory=dict)
     failed: dict[Attempt, TransferError] = field(default_factory=dict)
-    backups_lost: list[tuple[Attempt, KvTarget, str]] = field(default_factory=list)
+    backups_lost: list[tuple[Attempt, KvTarget, TransferError]] = field(default_factory=list)
     over: list[Attempt] = field(default_factory=list)
     crashed: list[BaseException] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ class Sender:
             prefill_tokens_per_s=lambda: 0.0,
             hooks=SenderHooks(
                 on_sent=self.outcome.sent.__setitem__,
-                on_backup_lost=lambda one, target, message: self.outcome.backups_lost.append((one, target, message)),
+                on_backup_lost=lambda *lost: self.outcome.backups_lost.append(lost),
                 on_over=self.outcome.over.append,
                 on_failed=self.outcome.failed.__setitem__,
                 on_crash=self.outcome.crashed.append,

@@ -45,7 +45,7 @@ class RankSender(Sender):
             prefill_tokens_per_s=lambda: 0.0,
             hooks=SenderHooks(
                 on_sent=self.outcome.sent.__setitem__,
-                on_backup_lost=lambda one, target, message: self.outcome.backups_lost.append((one, target, message)),
+                on_backup_lost=lambda *lost: self.outcome.backups_lost.append(lost),
                 on_over=self.outcome.over.append,
                 on_failed=self.outcome.failed.__setitem__,
                 on_crash=self.outcome.crashed.append,

@@ -10,6 +10,7 @@ from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.copying.queue import CopyConfig, CopyKey
 from edgellm.runtime.kv.copying.stream import CopyStream, CopyStreamError
 from edgellm.runtime.kv.links import KvLinks
+from edgellm.runtime.kv.transfer import TransferError
 from edgellm.runtime.kv.types import Attempt, KvCopy, KvTarget, NodeId
 
 _Peer: TypeAlias = tuple[NodeId, str]
@@ -20,8 +21,8 @@ _log = logging.getLogger(__name__)
 class CopyHooks:
     """Who is told how a copy ended; not called for one that was stopped."""
 
-    on_lost: Callable[[Attempt, NodeId, range, str], None]
-    """Attempt, holder, layers, and why."""
+    on_lost: Callable[[Attempt, range, TransferError], None]
+    """Attempt, layers, and why; its peer is the holder."""
     on_crash: Callable[[BaseException], None]
     """Given what nobody expected."""
 
@@ -93,10 +94,7 @@ class Replicator:
         if stream is not None and not stream.closing:
             return stream
 
-        def ended(key: CopyKey, reason: str) -> None:
-            self._lost(key, target.node_id, reason)
-
-        stream = CopyStream(target, pool=self._holdings.pool, config=self._config, on_ended=ended)
+        stream = CopyStream(target, pool=self._holdings.pool, config=self._config, on_ended=self._lost)
         self._streams[peer] = stream
         task = asyncio.create_task(self._run(peer, stream))
         self._tasks.add(task)
@@ -115,12 +113,12 @@ class Replicator:
             if self._streams.get(peer) is stream:
                 del self._streams[peer]
         for key in stream.queue.keys:
-            self._lost(key, peer[0], reason)
+            self._lost(key, TransferError("transfer", peer[0], reason))
 
-    def _lost(self, key: CopyKey, holder: NodeId, reason: str) -> None:
+    def _lost(self, key: CopyKey, error: TransferError) -> None:
         kept = self._copies.get(key.attempt, {})
         if kept.pop(key, None) is not None:
-            self._hooks.on_lost(key.attempt, holder, key.layers, reason)
+            self._hooks.on_lost(key.attempt, key.layers, error)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -16,6 +16,7 @@ from edgellm.runtime.kv.copying.queue import CopyConfig, CopyKey, CopyQueue, Ref
 from edgellm.runtime.kv.copying.rows import Span, carried_as, read_spans, wire_row_bytes
 from edgellm.runtime.kv.links import KvLink, KvLinks
 from edgellm.runtime.kv.servicer import SENDER_METADATA
+from edgellm.runtime.kv.transfer import TransferError, TransferFailure
 from edgellm.runtime.kv.types import KvTarget
 from edgellm.runtime.rpc import kv_pb2
 from edgellm.runtime.streams import write
@@ -23,6 +24,11 @@ from edgellm.runtime.tasks import race
 from edgellm.runtime.wire import attempt_to_proto
 
 _SEND_AGAIN: Final = (kv_pb2.KV_ACK_STATUS_CORRUPT, kv_pb2.KV_ACK_STATUS_EARLY)
+_KINDS: Final[dict[kv_pb2.KvAckStatus.ValueType, TransferFailure]] = {
+    kv_pb2.KV_ACK_STATUS_STALE: "stale",
+    kv_pb2.KV_ACK_STATUS_EARLY: "stale",
+    kv_pb2.KV_ACK_STATUS_NO_CAPACITY: "capacity",
+}
 
 _Call: TypeAlias = grpc.aio.StreamStreamCall[kv_pb2.KvCopyMessage, kv_pb2.KvCopyAck]
 
@@ -35,7 +41,7 @@ class CopyStream:
     """State of one stream; `run` until it returns or raises."""
 
     def __init__(
-        self, target: KvTarget, *, pool: KvPool, config: CopyConfig, on_ended: Callable[[CopyKey, str], None]
+        self, target: KvTarget, *, pool: KvPool, config: CopyConfig, on_ended: Callable[[CopyKey, TransferError], None]
     ) -> None:
         """`on_ended` is told of copies that end while the stream goes on."""
         self._target = target
@@ -119,9 +125,9 @@ class CopyStream:
                 one.entry: "again" if one.status in _SEND_AGAIN else "never" for one in ack.refusals
             }
             for key in self.queue.answered(rows, refused, _now_s()):
-                self._end(key, _reason(ack, rows, key))
+                self._end(key, *_reason(ack, rows, key))
             if (behind := self.queue.give_up(_now_s())) is not None:
-                self._end(behind, f"more than {self._config.max_lag_tokens} tokens behind, and not gaining")
+                self._end(behind, "transfer", f"more than {self._config.max_lag_tokens} tokens behind, and not gaining")
             self._wake.set()
         if not self.closing:
             raise CopyStreamError("the holder closed the stream")
@@ -195,9 +201,9 @@ class CopyStream:
             length=len(tokens) * len(layers) * self._row_bytes,
         )
 
-    def _end(self, key: CopyKey, reason: str) -> None:
+    def _end(self, key: CopyKey, kind: TransferFailure, message: str) -> None:
         self._blocks.pop(key, None)
-        self._on_ended(key, reason)
+        self._on_ended(key, TransferError(kind, self._target.node_id, message))
 
     def _timer_rang(self) -> None:
         self._timer = None
@@ -208,9 +214,10 @@ class CopyStream:
         self._deadline.reschedule(_now_s() + self._config.patience_s if self._in_flight else None)
 
 
-def _reason(ack: kv_pb2.KvCopyAck, rows: Sequence[Rows], key: CopyKey) -> str:
+def _reason(ack: kv_pb2.KvCopyAck, rows: Sequence[Rows], key: CopyKey) -> tuple[TransferFailure, str]:
     indices = [index for index, one in enumerate(rows) if one.key == key]
-    return next(refusal.message for refusal in ack.refusals if refusal.entry in indices)
+    refusal = next(refusal for refusal in ack.refusals if refusal.entry in indices)
+    return _KINDS.get(refusal.status, "transfer"), refusal.message
 
 
 def _now_s() -> float:
