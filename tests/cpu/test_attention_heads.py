@@ -57,7 +57,7 @@ def attended(isa, contract, group, queries, position):
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (12, 1), (17, 1), (3, 2), (3, 3), (5, 8), (9, 7), (2, 16)])
-@pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 96, 128])
 def test_few_rows_have_the_bits_of_many(isa, dtype, kv_heads, group, head_dim):
     contract = KvContract(num_layers=1, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     queries = np.random.default_rng(2).standard_normal((ROWS, kv_heads * group * head_dim)).astype(np.float32)

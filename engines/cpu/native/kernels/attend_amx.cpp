@@ -5,6 +5,7 @@
 
 #include "amx_block.hpp"
 #include "attend_amx.hpp"
+#include "attend_few_amx.hpp"
 #include "attend_few_pieces.hpp"
 
 namespace edgellm::EDGELLM_ISA {
@@ -248,7 +249,7 @@ class TileKernel {
 // Whether one tile holds the vectors, and all rows may walk together.
 bool is_few(const PieceHeads& piece) {
   const Walk& walk = piece.walk;
-  if (walk.vectors() > kTileVectors || walk.head_dim() % 32 != 0) return false;
+  if (walk.vectors() > FewKernel<1>::kMostVectors || walk.head_dim() % 32 != 0) return false;
   for (int h = 0; piece.piece.task.rows > 1 && h < piece.heads; ++h) {
     if (TileKernel::must_part_rows({walk.args, walk.task, walk.kv_head + h})) return false;
   }
@@ -258,25 +259,7 @@ bool is_few(const PieceHeads& piece) {
 }  // namespace
 
 void attend_fp16(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* memory) {
-  const Scratch scratch(memory, args.kv.head_dim);
-  for (std::int64_t unit = begin; unit < end;) {
-    const PieceHeads piece(args, unit, end);
-    const int vectors = piece.walk.vectors();
-    if (!is_few(piece)) {
-      std::int64_t after = unit + piece.heads;
-      while (after < end && !is_few(PieceHeads(args, after, end))) after += PieceHeads(args, after, end).heads;
-      attend_pieces<TileKernel>(args, unit, after, memory);
-      unit = after;
-    } else if (vectors <= 2) {
-      unit += vectors == 1 ? attend_few_heads<1>(piece, unit, end, scratch)
-                           : attend_few_heads<2>(piece, unit, end, scratch);
-    } else if (vectors <= 8) {
-      unit += vectors <= 4 ? attend_few_heads<4>(piece, unit, end, scratch)
-                           : attend_few_heads<8>(piece, unit, end, scratch);
-    } else {
-      unit += attend_few_heads<16>(piece, unit, end, scratch);
-    }
-  }
+  attend_few_or_many<FewKernel, TileKernel>(args, begin, end, memory, is_few);
 }
 
 }  // namespace edgellm::EDGELLM_ISA

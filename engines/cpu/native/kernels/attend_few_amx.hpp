@@ -3,6 +3,7 @@
 // vector. Each vector's arithmetic is that of many vectors, bit by bit.
 #pragma once
 
+#include "amx_block.hpp"
 #include "attend_few_softmax.hpp"
 
 namespace edgellm::EDGELLM_ISA {
@@ -11,6 +12,8 @@ namespace edgellm::EDGELLM_ISA {
 template <int N>
 class FewKernel {
  public:
+  using Value = std::uint16_t;
+  static constexpr int kMostVectors = 16;
   // KV heads that walk together.
   static constexpr int kHeads = std::min(16, 64 / N);
 
@@ -35,8 +38,10 @@ class FewKernel {
     const int vectors = walk_.vectors();
     configure_scores();
     for (int t = 0; t < view.any; t += kTileHeight) score(segment, t);
+    const __m512 units = _mm512_set1_ps(walk_.args.scale);
+    const auto round = [](F32 a, F32 b, int) { return to_bf16(a, b); };
     for (int h = 0; h < heads_; ++h) {
-      const FewSoftmax<N> softmax(view, scores(h, 0), walk_.args.scale, weights(h, 0));
+      const FewSoftmax<N> softmax(view, scores(h, 0), units, weights(h, 0), round);
       for (int v = 0; v < vectors; ++v) {
         results.largest(h * vectors + v) = softmax.largest(v);
         results.total(h * vectors + v) = softmax.total(v);

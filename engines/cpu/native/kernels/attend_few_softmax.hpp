@@ -5,7 +5,6 @@
 #include <array>
 #include <limits>
 
-#include "amx_block.hpp"
 #include "attend_amx.hpp"
 
 namespace edgellm::EDGELLM_ISA {
@@ -60,18 +59,32 @@ struct FewView {
   __mmask16 sees(int token) const { return _mm512_cmpgt_epi32_mask(visible, _mm512_set1_epi32(token)); }
 };
 
+// What is the same in all lanes of a vector: op(a, b) of all its lanes.
+template <int N, class Register, class Op>
+inline Register across_tokens(Register lanes, const Op& op) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int step = N; step < kLanes; step *= 2) {
+    const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(step));
+    const __m512i moved = _mm512_permutexvar_epi32(other, reinterpret_cast<__m512i>(lanes));
+    lanes = op(lanes, reinterpret_cast<Register>(moved));
+  }
+  return lanes;
+}
+
 template <int N>
 class FewSoftmax {
  public:
-  // scores [kSegmentTokens][N], weights [N][kSegmentTokens]; a score times `scale` is an exponent of e.
-  FewSoftmax(const FewView<N>& view, const float* scores, float scale, Bf16* weights)
-      : scores_(scores), weights_(weights), scale_(_mm512_set1_ps(scale * kLog2E)) {
+  // scores [kSegmentTokens][N], weights [N][kSegmentTokens]; a score times its vector's lane of `units` is an exponent
+  // of e. round(a, b, token): 16-bit weights of the registers that begin at `token` and after it.
+  template <class Round>
+  FewSoftmax(const FewView<N>& view, const float* scores, __m512 units, std::uint16_t* weights, const Round& round)
+      : scores_(scores), weights_(weights), scale_(_mm512_mul_ps(units, _mm512_set1_ps(kLog2E))) {
     const __m512 largest = largest_score(view);
-    _mm512_store_ps(largest_, _mm512_mul_ps(largest, _mm512_set1_ps(scale)));
+    _mm512_store_ps(largest_, _mm512_mul_ps(largest, units));
     shift_ = _mm512_mul_ps(largest, scale_);
     int t = 0;
-    for (; t + 32 <= view.every; t += 32) soften(t, [](int) { return static_cast<__mmask16>(0xffff); });
-    for (; t < view.any; t += 32) soften(t, [&](int token) { return view.sees(token); });
+    for (; t + 32 <= view.every; t += 32) soften(t, round, [](int) { return static_cast<__mmask16>(0xffff); });
+    for (; t < view.any; t += 32) soften(t, round, [&](int token) { return view.sees(token); });
     for (int i = 0; i < kTotals; ++i) _mm512_store_ps(lanes_ + i * kLanes, totals_[i]);
   }
 
@@ -90,17 +103,12 @@ class FewSoftmax {
     int t = 0;
     for (; t + kTokens <= view.every; t += kTokens) largest = _mm512_max_ps(largest, load_scores(t));
     for (; t < view.any; t += kTokens) largest = _mm512_mask_max_ps(largest, view.sees(t), largest, load_scores(t));
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int step = N; step < kLanes; step *= 2) {
-      const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(step));
-      largest = _mm512_max_ps(largest, _mm512_permutexvar_ps(other, largest));
-    }
-    return largest;
+    return across_tokens<N>(largest, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
   }
 
   // 32 tokens' weights; mask(token) are the lanes that see theirs.
-  template <class Mask>
-  void soften(int first, const Mask& mask) {
+  template <class Round, class Mask>
+  void soften(int first, const Round& round, const Mask& mask) {
     __m512i rounded[N];
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
@@ -111,7 +119,7 @@ class FewSoftmax {
         weight[j].v = exp2_masked(mask(t), _mm512_fmsub_ps(load_scores(t), scale_, shift_));
         add(weight[j].v, (2 * i + j) % kTotals);
       }
-      rounded[i] = to_bf16(weight[0], weight[1]);
+      rounded[i] = round(weight[0], weight[1], first + 2 * i * kTokens);
     }
     turn_tokens<N>(rounded);
     for (int v = 0; v < N; ++v) _mm512_storeu_si512(weights_ + v * kSegmentTokens + first, rounded[v]);
@@ -131,7 +139,7 @@ class FewSoftmax {
   }
 
   const float* scores_;
-  Bf16* weights_;
+  std::uint16_t* weights_;
   __m512 scale_, shift_;
   __m512 totals_[kTotals] = {};
   alignas(64) float largest_[kLanes];

@@ -3,28 +3,19 @@
 // to 16 bits per vector and segment, in two unsigned parts. Both roundings depend only on what the vector itself sees.
 #include <limits>
 
-#include "attend_amx.hpp"
-#include "attend_block.hpp"
+#include "attend_few_int8_amx.hpp"
+#include "attend_few_pieces.hpp"
+#include "attend_int8_parts.hpp"
 
 namespace edgellm::EDGELLM_ISA {
 
 namespace {
-
-inline constexpr std::int64_t kTileChannels = 64;
-inline constexpr float kQuerySteps = 127.0F * kInt16Base;
-inline constexpr float kWeightSteps = 255.0F * 256.0F;  // a weight may be a little more than 1
 
 std::int64_t whole_tiles(std::int64_t head_dim) {
   return (head_dim + kTileChannels - 1) / kTileChannels * kTileChannels;
 }
 
 __mmask64 first_bytes(std::int64_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
-
-// high * base + low, of exact sums.
-__m512 join_parts(const std::int32_t* high, const std::int32_t* low, float base) {
-  const __m512 upper = _mm512_cvtepi32_ps(_mm512_loadu_si512(high));
-  return _mm512_fmadd_ps(upper, _mm512_set1_ps(base), _mm512_cvtepi32_ps(_mm512_loadu_si512(low)));
-}
 
 // Scratch memory of one segment and sixteen vectors.
 struct Int8Memory {
@@ -66,17 +57,14 @@ class Int8TileKernel {
   // queries_ [vectors / 16][depth / 64][high, low]: tiles of [16 channel quads][16 vectors][4].
   void load_queries(const Walk& walk, int first) {
     const int count = std::min(walk.vectors() - first, kTileVectors);
-    alignas(64) float inverse[kTileVectors] = {};
-    for (int i = 0; i < kTileVectors; ++i) {
-      const float largest = i < count ? largest_magnitude(walk.query(first + i), walk.head_dim()) : 0.0F;
-      memory_.query_scales[first + i] = largest / kQuerySteps;
-      inverse[i] = largest > 0.0F ? kQuerySteps / largest : 0.0F;
-    }
+    QuerySteps steps[kTileVectors];
+    for (int i = 0; i < count; ++i) steps[i] = QuerySteps(walk.query(first + i), walk.head_dim());
+    for (int i = 0; i < kTileVectors; ++i) memory_.query_scales[first + i] = steps[i].scale;
     for (std::int64_t d = 0; d < depth_; d += kTileChannels) {
       I32 high[kTileVectors] = {};
       I32 low[kTileVectors] = {};
       for (int i = 0; i < count; ++i) {
-        round_query(walk.query(first + i) + d, static_cast<int>(walk.head_dim() - d), inverse[i], high[i], low[i]);
+        steps[i].round(walk.query(first + i) + d, static_cast<int>(walk.head_dim() - d), high[i], low[i]);
       }
       transpose(high);
       transpose(low);
@@ -85,27 +73,6 @@ class Int8TileKernel {
         _mm512_storeu_si512(query_tile(first, d, 1) + i * kTileRowBytes, low[i].v);
       }
     }
-  }
-
-  static float largest_magnitude(const float* q, std::int64_t size) {
-    F32 largest = zero();
-    for (std::int64_t d = 0; d < size; d += kLanes)
-      largest = max(largest, abs(load_n(q + d, static_cast<int>(size - d))));
-    return reduce_max(largest);
-  }
-
-  // The parts of up to 64 channels, `size` of which exist.
-  static void round_query(const float* q, int size, float inverse, I32& high, I32& low) {
-    alignas(64) std::int8_t parts[2][kTileChannels] = {};
-    for (int d = 0; d < kTileChannels && d < size; d += kLanes) {
-      const __m512i steps = _mm512_cvtps_epi32(mul(load_n(q + d, size - d), set1(inverse)).v);
-      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(steps, _mm512_set1_epi32(kInt16Base / 2)), 7);
-      const __m512i lower = _mm512_sub_epi32(steps, _mm512_slli_epi32(upper, 7));
-      _mm_store_si128(reinterpret_cast<__m128i*>(parts[0] + d), _mm512_cvtepi32_epi8(upper));
-      _mm_store_si128(reinterpret_cast<__m128i*>(parts[1] + d), _mm512_cvtepi32_epi8(lower));
-    }
-    high.v = _mm512_load_si512(parts[0]);
-    low.v = _mm512_load_si512(parts[1]);
   }
 
   std::int8_t* query_tile(int first, std::int64_t d, int part) const {
@@ -234,7 +201,8 @@ class Int8TileKernel {
 
   // In units of the vector's query scale; kept in the place of its high part.
   __m512 joined_score(int token) {
-    const __m512 whole = join_parts(memory_.high[token], memory_.low[token], static_cast<float>(kInt16Base));
+    const __m512 whole =
+        join_parts(_mm512_loadu_si512(memory_.high[token]), _mm512_loadu_si512(memory_.low[token]), kInt16Base);
     const __m512 score = _mm512_mul_ps(whole, _mm512_set1_ps(memory_.key_scales[token]));
     _mm512_storeu_ps(memory_.high[token], score);
     return score;
@@ -278,8 +246,9 @@ class Int8TileKernel {
         steps[j] = _mm512_maskz_cvtps_epi32(mask(t), _mm512_mul_ps(scaled, softening.steps));
       }
       const __m512i bytes = _mm512_set1_epi32(0x00ff00ff);
-      const __m512i front = _mm512_or_si512(steps[0], _mm512_slli_epi32(steps[1], 16));
-      const __m512i back = _mm512_or_si512(steps[2], _mm512_slli_epi32(steps[3], 16));
+      const __mmask32 odd = 0xaaaaaaaa;  // what is no number has its highest bit set, and leaves no trace
+      const __m512i front = _mm512_mask_blend_epi16(odd, steps[0], _mm512_slli_epi32(steps[1], 16));
+      const __m512i back = _mm512_mask_blend_epi16(odd, steps[2], _mm512_slli_epi32(steps[3], 16));
       low[i].v = _mm512_or_si512(_mm512_and_si512(front, bytes), _mm512_slli_epi32(_mm512_and_si512(back, bytes), 8));
       high[i].v =
           _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(front, 8), bytes), _mm512_andnot_si512(bytes, back));
@@ -323,17 +292,13 @@ class Int8TileKernel {
 
   // 64 channels of one vector: tile j has channels 4j to 4j + 3 of every 16.
   void write_sums(int vector, float unit, std::int64_t d, float* out, std::int64_t head_dim) const {
-    __m512 tile[4];
+    __m512 channels[4];
     for (int j = 0; j < 4; ++j) {
-      const __m512 steps = join_parts(memory_.sums[j][0][vector], memory_.sums[j][1][vector], 256.0F);
-      tile[j] = _mm512_mul_ps(steps, _mm512_set1_ps(unit));
+      const __m512i high = _mm512_loadu_si512(memory_.sums[j][0][vector]);
+      const __m512i low = _mm512_loadu_si512(memory_.sums[j][1][vector]);
+      channels[j] = _mm512_mul_ps(join_parts(high, low, 256.0F), _mm512_set1_ps(unit));
     }
-    const __m512 low01 = _mm512_shuffle_f32x4(tile[0], tile[1], 0x44);
-    const __m512 high01 = _mm512_shuffle_f32x4(tile[0], tile[1], 0xee);
-    const __m512 low23 = _mm512_shuffle_f32x4(tile[2], tile[3], 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(tile[2], tile[3], 0xee);
-    const __m512 channels[4] = {_mm512_shuffle_f32x4(low01, low23, 0x88), _mm512_shuffle_f32x4(low01, low23, 0xdd),
-                                _mm512_shuffle_f32x4(high01, high23, 0x88), _mm512_shuffle_f32x4(high01, high23, 0xdd)};
+    order_channels(channels);
     for (int i = 0; i < 4 && d + i * kLanes < padded_head(head_dim); ++i) {
       _mm512_storeu_ps(out + d + i * kLanes, channels[i]);
     }
@@ -349,8 +314,10 @@ class Int8TileKernel {
 
 }  // namespace
 
-void attend_int8(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* scratch) {
-  attend_pieces<Int8TileKernel>(args, begin, end, scratch);
+void attend_int8(const AttendArgs& args, std::int64_t begin, std::int64_t end, float* memory) {
+  attend_few_or_many<FewInt8Kernel, Int8TileKernel>(args, begin, end, memory, [](const PieceHeads& piece) {
+    return piece.walk.vectors() <= FewInt8Kernel<1>::kMostVectors && piece.walk.head_dim() % kTileChannels == 0;
+  });
 }
 
 }  // namespace edgellm::EDGELLM_ISA
