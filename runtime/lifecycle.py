@@ -116,6 +116,13 @@ class Lifecycle:
                 self.drop(attempt)
         self.attempts.forget_releases()
 
+    def forget_empty(self) -> None:
+        """To be called before a hello, which names KV: a copy may have begun since the orchestrator was lost."""
+        with_kv = {held.attempt for held in self.holdings.held()}
+        for attempt in self.attempts:
+            if attempt not in with_kv:
+                self.drop(attempt)
+
     def expire(self, now_s: float) -> None:
         """Fail requests whose KV did not arrive in time, and let go of what nobody decided about."""
         for decode in self.answers.late(now_s):

@@ -245,6 +245,7 @@ class NodeServer:
             self._crash.set_exception(error)
 
     def _hello(self) -> cluster_pb2.Hello:
+        self.node.lifecycle.forget_empty()
         return introduce(
             self._config,
             self._engines,
