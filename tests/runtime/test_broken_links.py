@@ -1,6 +1,7 @@
 """Links that delay, cut, block and damage what nodes send each other: tokens stay the same, or the node says so."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import pytest
@@ -134,8 +135,8 @@ def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
             await request.read_tokens(6)
             if trouble != "delay":
                 watermark = request.watermark(request.parts[1])
-                make_trouble(proxy, trouble, monkeypatch)
-                await eventually(lambda: broken(nodes.running["a"]))
+                again = make_trouble(proxy, trouble, monkeypatch)
+                await eventually(lambda: again() or broken(nodes.running["a"]))
                 proxy.heal()
                 request.resume([Part(range(2), "a", "b"), Part(range(2, 3), "b", "a")], tokens=watermark)
             await request.read_tokens(MAX_TOKENS)
@@ -146,16 +147,18 @@ def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
     on_nodes(test, STAGED, allow_shm=False)
 
 
-def make_trouble(proxy: Proxy, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def make_trouble(proxy: Proxy, trouble: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Damaged are the hidden states of one row: they follow `sample`, and their own tag and length, 64 bytes;
-    or one token, after its checksum was computed."""
+    or one token, after its checksum was computed. Returns what has to be repeated: a cut between two steps, while
+    the first stage computes, loses nothing, and the answer goes on."""
     match trouble:
         case "cut":
-            proxy.cut()
+            return proxy.cut
         case "damaged step":
             proxy.damage = b"\x20\x01\x22\x40", 1
         case _:
             damage_a_token(monkeypatch)
+    return lambda: None
 
 
 def damage_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
