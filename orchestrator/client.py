@@ -1,8 +1,10 @@
 """Talks to an orchestrator on behalf of a person at a terminal."""
 
 import contextlib
+import queue
+import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -44,9 +46,11 @@ class ClientError(RuntimeError):
 def connect(server: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
     """Raises ClientError if nobody answers at `server`; errors of calls inside become ClientErrors as well."""
     with grpc.insecure_channel(server, options=_CHANNEL_OPTIONS) as channel:
+        ready = queue.SimpleQueue[grpc.Future]()
+        grpc.channel_ready_future(channel).add_done_callback(ready.put)
         try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
-        except grpc.FutureTimeoutError as error:
+            ready.get(timeout=CONNECT_TIMEOUT_S)
+        except queue.Empty as error:
             raise ClientError(f"nobody answers at {server}: is edgellm-serve running? (--server HOST:PORT)") from error
         try:
             yield inference_pb2_grpc.InferenceStub(channel)
@@ -94,7 +98,7 @@ class _Follower:
     def _read(self) -> Iterator[AnswerEvent]:
         """Until the end of the stream, or its loss. Raises RpcError for any other reason, and after too long."""
         try:
-            for response in self._call:
+            for response in _arrivals(self._call):
                 self._lost_s = None
                 yield from self._note(response)
         except grpc.RpcError as error:
@@ -127,6 +131,30 @@ class _Follower:
         if self._request_id:
             with contextlib.suppress(grpc.RpcError):
                 self._stub.Cancel(inference_pb2.CancelRequest(request_id=self._request_id), timeout=CANCEL_TIMEOUT_S)
+
+
+def _arrivals(call: _Call) -> Iterator[inference_pb2.GenerateResponse]:
+    """The responses of a stream, read by a thread of its own.
+
+    Ctrl-C raises in the main thread at any line, and gRPC's iterator does not bear that between two of its own: the
+    lock it thinks it holds is not held. A `SimpleQueue` waits in one piece.
+    """
+    arrivals = queue.SimpleQueue[inference_pb2.GenerateResponse | grpc.RpcError | None]()
+    threading.Thread(target=_pump, args=(call, arrivals.put), daemon=True).start()
+    while (arrival := arrivals.get()) is not None:
+        if isinstance(arrival, grpc.RpcError):
+            raise arrival
+        yield arrival
+
+
+def _pump(call: _Call, put: Callable[[inference_pb2.GenerateResponse | grpc.RpcError | None], None]) -> None:
+    try:
+        for response in call:
+            put(response)
+    except grpc.RpcError as error:
+        put(error)
+    else:
+        put(None)
 
 
 def _explain(error: grpc.RpcError, server: str) -> str:
