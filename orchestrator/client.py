@@ -46,7 +46,7 @@ class ClientError(RuntimeError):
 def connect(server: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
     """Raises ClientError if nobody answers at `server`; errors of calls inside become ClientErrors as well."""
     with grpc.insecure_channel(server, options=_CHANNEL_OPTIONS) as channel:
-        ready = queue.SimpleQueue[grpc.Future]()
+        ready = queue.SimpleQueue[object]()
         grpc.channel_ready_future(channel).add_done_callback(ready.put)
         try:
             ready.get(timeout=CONNECT_TIMEOUT_S)
