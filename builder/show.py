@@ -1,9 +1,10 @@
 """What edgellm-build prints: the plan, progress, and a finished bundle, for people or as JSON."""
 
+import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 from rich import box
@@ -18,12 +19,15 @@ from edgellm.engines.spec import EngineSpec
 from edgellm.engines.tensorrt.manifest import EngineManifest
 
 _MIB = 1 << 20
+LINE_EVERY_S: Final = 15.0
+"""Where progress is written as lines, a step that takes longer says how far it is."""
 
 
 class ProgressBars:
-    """One bar per step on standard error, while in use; a line per step where that is no terminal."""
+    """One bar per step on standard error, while in use. Where that is no terminal: a line per step, more for long ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -34,6 +38,8 @@ class ProgressBars:
             disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._written_s: dict[str, float] = {}
+        """When the last line of each step was."""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -46,11 +52,22 @@ class ProgressBars:
 
     def update(self, step: str, done: int, total: int) -> None:
         """Move the bar of `step`."""
+        if not self._console.is_terminal:
+            self._write(step, done, total)
+            return
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step)
-            if not self._console.is_terminal:
-                self._console.print(f"{step} ...")
         self._progress.update(self._tasks[step], completed=done, total=total)
+
+    def _write(self, step: str, done: int, total: int) -> None:
+        now_s = self._clock()
+        if step not in self._written_s:
+            self._console.print(f"{step} ...")
+        elif now_s - self._written_s[step] >= LINE_EVERY_S and done < total:
+            self._console.print(f"{step} ... {done} of {total}")
+        else:
+            return
+        self._written_s[step] = now_s
 
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str | None = None) -> Table:
