@@ -48,7 +48,9 @@ def command_to_proto(
     match command:
         case commands.WelcomeNode():
             welcome = cluster_pb2.Welcome(
-                incarnation=command.incarnation, heartbeat_interval_ms=round(1000 * heartbeat_interval_s)
+                incarnation=command.incarnation,
+                heartbeat_interval_ms=round(1000 * heartbeat_interval_s),
+                first_epoch=command.first_epoch,
             )
             return cluster_pb2.Command(welcome=welcome)
         case commands.StartPrefill():

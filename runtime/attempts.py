@@ -16,6 +16,7 @@ class Attempts:
         self._unanswered_releases: list[Attempt] = []
         self.highest_epoch = 0
         """Of all attempts this process has heard of."""
+        self._first_epoch: int | None = None
 
     def __iter__(self) -> Iterator[Attempt]:
         """The live ones, as they are now."""
@@ -26,6 +27,28 @@ class Attempts:
 
     def live(self, request_id: RequestId) -> Attempt | None:
         return self._live.get(request_id)
+
+    # Admission
+
+    def welcome(self, first_epoch: int) -> None:
+        """An orchestrator counts this node's blocks: those that are held now, and of attempts from this epoch on."""
+        self._first_epoch = first_epoch
+
+    def orchestrator_lost(self) -> None:
+        """Until the next welcome, nobody would count the blocks of a new attempt. What is stale stays so."""
+        self._first_epoch = None
+        self._unanswered_releases.clear()
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether an orchestrator counts what begins here."""
+        return self._first_epoch is not None
+
+    def admits(self, attempt: Attempt) -> bool:
+        """What is live goes on; what is not may begin if its orchestrator is this node's and it is not stale."""
+        if self.is_live(attempt):
+            return True
+        return self._first_epoch is not None and attempt.epoch >= self._first_epoch and self.fence.admits(attempt)
 
     def enter(self, attempt: Attempt) -> None:
         """The request's live attempt, from now on; older ones are stale."""
@@ -67,10 +90,6 @@ class Attempts:
     def tell_when_free(self, attempt: Attempt) -> None:
         """`answered` will name it when its blocks are free, and those of older epochs."""
         self._unanswered_releases.append(attempt)
-
-    def forget_releases(self) -> None:
-        """Whoever asked for them is gone. What is stale stays so: the next one numbers from above `highest_epoch`."""
-        self._unanswered_releases.clear()
 
     def answered(self, holders: Callable[[], Iterable[Attempt]]) -> list[Attempt]:
         """Attempts of which no block is held any more, by this epoch or an older one; each is named once."""

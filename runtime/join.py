@@ -44,6 +44,8 @@ class JoinHooks:
     heartbeat: Callable[[], cluster_pb2.Heartbeat]
     handle: Callable[[Command], None]
     """Called for every command but Welcome and Shutdown."""
+    welcomed: Callable[[Welcome], None]
+    """Called before any command of an orchestrator."""
     lost: Callable[[], None]
     """Called when the orchestrator has gone: nothing more can be told to it."""
     settle: Callable[[], Awaitable[None]]
@@ -116,6 +118,7 @@ class JoinClient:
             )
         self._outgoing = asyncio.Queue()
         self._joined = True
+        self._hooks.welcomed(welcome)
         _log.info("joined orchestrator=%s incarnation=%d", self._config.orchestrator, welcome.incarnation)
         return welcome
 

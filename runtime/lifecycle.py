@@ -50,7 +50,7 @@ class Lifecycle:
 
     def admit(self, attempt: Attempt) -> bool:
         """Whether an attempt may take room here; older epochs of its request lose theirs."""
-        if not self.attempts.fence.admits(attempt):
+        if not self.attempts.admits(attempt):
             return False
         live = self.attempts.live(attempt.request_id)
         if live is not None and live != attempt:
@@ -61,7 +61,9 @@ class Lifecycle:
     def admit_copy(self, attempt: Attempt) -> Admission:
         """Like `admit`, but an older epoch is not dropped: its copies may become the newer one's."""
         live = self.attempts.live(attempt.request_id)
-        if not self.attempts.fence.admits(attempt):
+        if live is None and not self.attempts.is_counted:
+            return "early"
+        if not self.attempts.admits(attempt):
             return "stale"
         if live is not None and live != attempt:
             return "early"
@@ -70,7 +72,7 @@ class Lifecycle:
 
     def admit_command(self, attempt: Attempt, *, is_known: bool, resume_from: Attempt | None = None) -> bool:
         """An attempt that resumes takes over what would else be dropped for it."""
-        if is_known or not (self.attempts.fence.admits(attempt) if resume_from else self.admit(attempt)):
+        if is_known or not (self.attempts.admits(attempt) if resume_from else self.admit(attempt)):
             _log.info("command ignored %s reason=%s", attempt, "repeated" if is_known else "stale")
             return False
         return True
@@ -104,7 +106,7 @@ class Lifecycle:
         """Nobody will ask for anything of it."""
         for attempt in self.attempts:
             self.drop(attempt)
-        self.attempts.forget_releases()
+        self.attempts.orchestrator_lost()
 
     def orchestrator_lost(self, now_s: float) -> None:
         """Answers stall, and what has KV waits for another orchestrator; the rest is of no use to it."""
@@ -114,14 +116,7 @@ class Lifecycle:
                 self.stall(attempt, now_s)
             else:
                 self.drop(attempt)
-        self.attempts.forget_releases()
-
-    def forget_empty(self) -> None:
-        """To be called before a hello, which names KV: a copy may have begun since the orchestrator was lost."""
-        with_kv = {held.attempt for held in self.holdings.held()}
-        for attempt in self.attempts:
-            if attempt not in with_kv:
-                self.drop(attempt)
+        self.attempts.orchestrator_lost()
 
     def expire(self, now_s: float) -> None:
         """Fail requests whose KV did not arrive in time, and let go of what nobody decided about."""

@@ -17,6 +17,8 @@ class Welcome:
 
     incarnation: int
     heartbeat_interval_s: float
+    first_epoch: int
+    """Attempts below are of orchestrators before this one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

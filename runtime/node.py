@@ -102,6 +102,10 @@ class Node:
 
     # Commands
 
+    def welcome(self, first_epoch: int) -> None:
+        """An orchestrator counts what this node holds, and attempts from this epoch on."""
+        self._attempts.welcome(first_epoch)
+
     def prefill(self, command: Prefill) -> None:
         if not self.lifecycle.admit_command(command.attempt, is_known=self._attempts.is_live(command.attempt)):
             return

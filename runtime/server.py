@@ -51,6 +51,7 @@ class NodeServer:
         self._engines = engines
         self._host_id = host_id()
         self._stop = asyncio.Event()
+        self._welcomed = asyncio.Event()
         self._crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._listen_host, _, _ = config.listen.rpartition(":")
         self._exchange_address = ""
@@ -87,6 +88,7 @@ class NodeServer:
                 hello=self._hello,
                 heartbeat=self._heartbeat,
                 handle=self._handle,
+                welcomed=self._welcome,
                 lost=self._lost,
                 settle=self._engine_loop.between_steps,
             ),
@@ -174,6 +176,7 @@ class NodeServer:
             inbox=self._inbox,
             copies=self._holder,
             config=self._config.exchange,
+            welcomed=self._welcomed.wait,
             on_crash=self._crashed,
         )
         kv_pb2_grpc.add_KvExchangeServicer_to_server(servicer, server)
@@ -224,7 +227,12 @@ class NodeServer:
             case _:
                 assert_never(command)
 
+    def _welcome(self, welcome: messages.Welcome) -> None:
+        self.node.welcome(welcome.first_epoch)
+        self._welcomed.set()
+
     def _lost(self) -> None:
+        self._welcomed.clear()
         self.node.lifecycle.orchestrator_lost(time.monotonic())
 
     async def _tick(self) -> None:
@@ -245,7 +253,6 @@ class NodeServer:
             self._crash.set_exception(error)
 
     def _hello(self) -> cluster_pb2.Hello:
-        self.node.lifecycle.forget_empty()
         return introduce(
             self._config,
             self._engines,

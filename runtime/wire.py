@@ -31,7 +31,9 @@ def command_from_proto(command: cluster_pb2.Command) -> messages.Command:
         case "welcome":
             welcome = command.welcome
             return messages.Welcome(
-                incarnation=welcome.incarnation, heartbeat_interval_s=welcome.heartbeat_interval_ms / 1e3
+                incarnation=welcome.incarnation,
+                heartbeat_interval_s=welcome.heartbeat_interval_ms / 1e3,
+                first_epoch=welcome.first_epoch,
             )
         case "prefill":
             return _prefill(command.prefill)

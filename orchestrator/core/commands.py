@@ -23,6 +23,8 @@ from edgellm.orchestrator.core.values import (
 class WelcomeNode:
     connection: ConnectionId
     incarnation: int
+    first_epoch: int
+    """Attempts below are not this orchestrator's."""
 
 
 @dataclass(frozen=True, kw_only=True)

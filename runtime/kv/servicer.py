@@ -59,13 +59,16 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
         inbox: KvInbox,
         copies: CopyHolder,
         config: ExchangeConfig,
+        welcomed: Callable[[], Awaitable[object]],
         on_crash: Callable[[BaseException], None],
     ) -> None:
+        """`welcomed`: wait until there is an orchestrator, to which the blocks of a prompt are accounted for."""
         self._node_id = node_id
         self._contract = contract
         self._inbox = inbox
         self._copies = copies
         self._config = config
+        self._welcomed = welcomed
         self._on_crash = on_crash
         self._sessions = Sessions(config.max_sessions)
         self.streams = OpenStreams()
@@ -137,6 +140,7 @@ class KvExchangeServicer(kv_pb2_grpc.KvExchangeServicer):
             backup=first.open.backup,
             senders=max(1, first.open.senders),
         )
+        await self._welcomed()
         outcome = self._inbox.open(attempt, part, capacity_tokens=first.open.capacity_tokens)
         answer = _ack(outcome, sequence_number=0, credit_bytes=self._config.window_bytes)
         if not isinstance(outcome, Opened):

@@ -321,18 +321,22 @@ class Welcome(_message.Message):
 
     INCARNATION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    FIRST_EPOCH_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Counts the processes that have joined under this node id."""
     heartbeat_interval_ms: _builtins.int
+    first_epoch: _builtins.int
+    """Attempts below are of orchestrators before this one: none may begin here, and those go on that the hello named."""
     def __init__(
         self,
         *,
         incarnation: _builtins.int = ...,
         heartbeat_interval_ms: _builtins.int = ...,
+        first_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "incarnation", b"incarnation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_epoch", b"first_epoch", "heartbeat_interval_ms", b"heartbeat_interval_ms", "incarnation", b"incarnation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,7 +94,7 @@ def servicer(holder: Holder, crashed: list[BaseException] | None = None) -> KvEx
     inbox = KvInbox(ledger=holder.ledger, admit=lambda _: True, on_complete=lambda *_: None, on_lost=lambda *_: None)
     return KvExchangeServicer(
         node_id=NodeId("h"), contract=CONTRACT, inbox=inbox, copies=holder.copies, config=ExchangeConfig(),
-        on_crash=lambda error: None if crashed is None else crashed.append(error),
+        welcomed=lambda: asyncio.sleep(0), on_crash=lambda error: None if crashed is None else crashed.append(error),
     )  # fmt: skip
 
 

@@ -116,6 +116,7 @@ class Receiver:
     def servicer(self, max_sessions: int = 8) -> KvExchangeServicer:
         return KvExchangeServicer(
             node_id=NodeId("d"), contract=CONTRACT, inbox=self.inbox, on_crash=self.crashed.append, copies=self.holder,
+            welcomed=lambda: asyncio.sleep(0),
             config=ExchangeConfig(chunk_bytes=1500, window_bytes=4000, max_sessions=max_sessions),
         )  # fmt: skip
 

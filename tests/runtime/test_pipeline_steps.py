@@ -85,6 +85,7 @@ class Machine:
             node_id=NodeId(name), lanes=Lanes(half=None, degraded=None, stages=stages, num_layers=LAYERS),
             ledger=self.ledger, holdings=self.holdings, emit=self.events.append, wake=lambda: None,
         )  # fmt: skip
+        self.node.welcome(first_epoch=0)
         nothing = Nothing()
         self.node.connect(Exchanges(transfers=nothing, arrivals=nothing, copies=nothing, links=self))
 

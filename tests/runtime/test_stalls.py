@@ -39,9 +39,24 @@ def test_what_is_stale_stays_so_when_the_orchestrator_is_gone():
     """A copy that hung in the network may arrive after another orchestrator has begun, which counts on free blocks."""
     attempts, released = Attempts(), Attempt(request_id=RequestId("b"), epoch=9)
     attempts.release(released)
-    attempts.forget_releases()
-    assert not attempts.fence.admits(released)
+    attempts.orchestrator_lost()
+    attempts.welcome(first_epoch=0)
+    assert not attempts.admits(released)
     assert attempts.answered(list) == []
+
+
+def test_what_an_orchestrator_began_does_not_begin_once_it_is_gone():
+    """The next one counts what the hello named, and its own."""
+    live, never_heard_of = Attempt(request_id=RequestId("a"), epoch=5), Attempt(request_id=RequestId("b"), epoch=6)
+    own = Attempt(request_id=RequestId("b"), epoch=100)
+    attempts = Attempts()
+    assert not attempts.admits(live)
+    attempts.welcome(first_epoch=1)
+    attempts.enter(live)
+    attempts.orchestrator_lost()
+    assert [attempts.admits(one) for one in (live, never_heard_of, own)] == [True, False, False]
+    attempts.welcome(first_epoch=100)
+    assert [attempts.admits(one) for one in (live, never_heard_of, own)] == [True, False, True]
 
 
 def test_a_later_stage_that_let_go_stalls_the_answer_for_a_lease():
