@@ -24,7 +24,7 @@ LINE_EVERY_S: Final = 15.0
 
 
 class ProgressBars:
-    """One bar per step on standard error, while in use; where that is no terminal, lines: one, and more for long steps."""
+    """One bar per step on standard error, while in use; where that is no terminal, a line, and more for a long step."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
