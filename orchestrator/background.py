@@ -10,8 +10,8 @@ from typing import Any
 async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run coroutines while the block runs; cancel and await them at its end.
 
-    If one of them fails, the block is cancelled. A single error comes out as itself, not in a group, so that expected
-    errors can be caught by their type.
+    If one of them fails, the block is cancelled. A single error, or the first of several of one type, comes out as
+    itself, not in a group, so that expected errors can be caught by their type.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -20,6 +20,6 @@ async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             for task in tasks:
                 task.cancel()
     except BaseExceptionGroup as errors:
-        if len(errors.exceptions) == 1:
+        if len({type(error) for error in errors.exceptions}) == 1:
             raise errors.exceptions[0] from None
         raise

@@ -24,6 +24,8 @@ STEADY_S = 30.0
 """A node that ran for so long starts again without delay."""
 MAX_FAILED_STARTS = 3
 """Of a node that never joined."""
+LONGEST_REFUSAL = 4096
+"""Bytes."""
 
 
 class NodeStartError(RuntimeError):
@@ -73,6 +75,26 @@ def _grouped(planned: Iterable[LocalNode]) -> list[LocalNode]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Ending:
+    """How a node's process ended."""
+
+    code: int
+    refusal: str
+    """Why the bundle cannot be run here; empty where it ended for another reason."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _NodeProcess:
+    process: Process
+    refusal: socket.socket
+    """Only the process has the other end, so there is no waiting here once it has ended."""
+
+    async def ending(self) -> _Ending:
+        code = await self.process.wait()
+        return _Ending(code=code, refusal=self.refusal.recv(LONGEST_REFUSAL).decode(errors="replace"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeLauncher:
     """Runs nodes until it is cancelled."""
 
@@ -86,27 +108,30 @@ class NodeLauncher:
     async def keep_running(self, node: LocalNode) -> None:
         """Start the node, and again after it ended, with growing pauses. When cancelled, stop it.
 
-        Raises NodeStartError for a node that ends again and again before it has ever joined: it never will.
+        Raises NodeStartError, of a node that has never joined: at once where it cannot run the bundle, else when it
+        has ended again and again.
         """
         loop = asyncio.get_running_loop()
         backoff_s = 0.0
         for starts in itertools.count(1):
             started_s = loop.time()
-            code = await self._run_once(node)
-            if starts >= MAX_FAILED_STARTS and not self.has_joined(node.node_id):
-                raise NodeStartError(f"node {node.node_id} ended {starts} times before it joined (exit status {code})")
+            ending = await self._run_once(node)
+            if not self.has_joined(node.node_id):
+                _give_up(node, ending, starts)
             backoff_s = _next_backoff_s(backoff_s, ran_s=loop.time() - started_s)
-            logger.warning("node=%s exited code=%d restart_in_s=%.1f", node.node_id, code, backoff_s)
+            logger.warning(
+                "node=%s exited code=%d restart_in_s=%.1f %s", node.node_id, ending.code, backoff_s, ending.refusal
+            )
             await asyncio.sleep(backoff_s)
 
-    async def _run_once(self, node: LocalNode) -> int:
+    async def _run_once(self, node: LocalNode) -> _Ending:
         """Until it or one of its followers has ended; then none of them is left."""
         together = ("--tp-leader", f"127.0.0.1:{_free_port()}") if node.followers else ()
         async with contextlib.AsyncExitStack() as stack:
             processes = [
                 await stack.enter_async_context(self._process(one, together)) for one in (*node.followers, node)
             ]
-            waits = [asyncio.ensure_future(process.wait()) for process in processes]
+            waits = [asyncio.ensure_future(process.ending()) for process in processes]
             try:
                 done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -115,13 +140,17 @@ class NodeLauncher:
             return done.pop().result()
 
     @contextlib.asynccontextmanager
-    async def _process(self, node: LocalNode, options: Iterable[str]) -> AsyncIterator[Process]:
-        process = await asyncio.create_subprocess_exec(*self._command(node), *options)
-        logger.info("node=%s started pid=%d engine=%s", node.node_id, process.pid, node.engine)
-        try:
-            yield process
-        finally:
-            await _stop(process)
+    async def _process(self, node: LocalNode, options: Iterable[str]) -> AsyncIterator[_NodeProcess]:
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                command = (*self._command(node), *options, "--refusal-fd", str(theirs.fileno()))
+                process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(),))
+            logger.info("node=%s started pid=%d engine=%s", node.node_id, process.pid, node.engine)
+            try:
+                yield _NodeProcess(process=process, refusal=ours)
+            finally:
+                await _stop(process)
 
     def _command(self, node: LocalNode) -> list[str]:
         return [
@@ -136,6 +165,14 @@ class NodeLauncher:
             "--exit-with-parent",
             *self.options,
         ]
+
+
+def _give_up(node: LocalNode, ending: _Ending, starts: int) -> None:
+    """Raises NodeStartError if it would not help to start the node again."""
+    if ending.refusal:
+        raise NodeStartError(f"node {node.node_id}: {ending.refusal}")
+    if starts >= MAX_FAILED_STARTS:
+        raise NodeStartError(f"node {node.node_id} ended {starts} times before it joined (exit status {ending.code})")
 
 
 def _next_backoff_s(before_s: float, *, ran_s: float) -> float:

@@ -25,10 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         asyncio.run(_serve(_config(options)))
-    except (NodeError, BundleError) as error:
+    except NodeError as error:
         print(f"edgellm-node: {error}", file=sys.stderr)
         return 1
+    except BundleError as error:
+        _refuse(error, options.refusal_fd)
+        return 1
     return 0
+
+
+def _refuse(error: BundleError, refusal_fd: int | None) -> None:
+    """Tell whoever started this node, who needs not try again; else the person at the terminal."""
+    if refusal_fd is None:
+        print(f"edgellm-node: {error}", file=sys.stderr)
+    else:
+        os.write(refusal_fd, str(error).encode())
 
 
 async def _serve(config: NodeConfig) -> None:
@@ -94,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--join-timeout", default=join.join_timeout_s, metavar="SECONDS", type=float, help="(default %(default)s)")
     add("--lease", default=join.lease_s, metavar="SECONDS", type=float, help="to rejoin in (default %(default)s)")
     add("--exit-with-parent", action="store_true", help="exit when the process that started this one has ended")
+    add("--refusal-fd", metavar="FD", type=int, help="an open file: why the bundle cannot be run here goes there")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import socket
@@ -14,9 +15,18 @@ from collections.abc import Iterator
 import pytest
 
 from edgellm.orchestrator import cli, serve
+from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import BundleError, Placement, Plan, open_bundle
 from edgellm.orchestrator.client import connect
-from edgellm.orchestrator.local_nodes import LONGEST_BACKOFF_S, STEADY_S, _next_backoff_s, planned_nodes
+from edgellm.orchestrator.local_nodes import (
+    LONGEST_BACKOFF_S,
+    STEADY_S,
+    LocalNode,
+    NodeLauncher,
+    NodeStartError,
+    _next_backoff_s,
+    planned_nodes,
+)
 from edgellm.orchestrator.sim import cli as sim_cli
 from edgellm.runtime.rpc.inference_pb2 import GetClusterRequest
 
@@ -237,10 +247,31 @@ def test_stages_that_do_not_cut_the_model_are_refused(bundle, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_nodes_that_never_come_up_end_the_server(bundle, tmp_path, capsys):
-    broken = planned_bundle(bundle, tmp_path / "broken", 4)
+def test_a_bundle_that_nodes_cannot_run_ends_the_server_at_once_with_one_line(bundle, tmp_path, capfd):
+    broken = planned_bundle(bundle, tmp_path / "broken", 2, 2)
     assert serve.main(["--bundle", str(broken), "--listen", "127.0.0.1:0"]) == 1
-    assert "node d0 ended 3 times before it joined (exit status 1)" in capsys.readouterr().err
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.match(r"edgellm-serve: node d[01]: bundle .* has no engine 'decode-[01]'", line)
+
+
+def test_a_node_that_never_comes_up_is_given_up_after_three_starts(tmp_path):
+    wrong = NodeLauncher(
+        orchestrator="127.0.0.1:1", bundle=tmp_path, options=("--threads", "0"), has_joined=lambda _: False
+    )
+    with pytest.raises(NodeStartError, match=r"node d0 ended 3 times before it joined \(exit status 2\)"):
+        asyncio.run(wrong.keep_running(LocalNode(node_id="d0", engine="decode-0")))
+
+
+def test_nodes_that_are_given_up_at_the_same_moment_are_one_error():
+    async def given_up(name):
+        raise NodeStartError(name)
+
+    async def run():
+        async with beside(given_up("a"), given_up("b")):
+            await asyncio.sleep(10)
+
+    with pytest.raises(NodeStartError, match="a"):
+        asyncio.run(run())
 
 
 def test_sim_runs_a_trace(tmp_path, capsys):
