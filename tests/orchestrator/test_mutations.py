@@ -1,5 +1,6 @@
 """Faults that are put into the core and into the nodes on purpose: the simulator finds each of them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,11 @@ from edgellm.orchestrator.core.state import ClusterState
 from edgellm.orchestrator.policies.dual_pool import DualPool
 from edgellm.orchestrator.sim.clients import Ask
 from edgellm.orchestrator.sim.faults import Fault
-from edgellm.orchestrator.sim.fuzz import Scenario, draw_scenario, run_scenario
+from edgellm.orchestrator.sim.fuzz import Scenario, draw_scenario, read_scenario, run_scenario
 from edgellm.orchestrator.sim.machines import NodePlan
 from edgellm.orchestrator.sim.story import Story
 from edgellm.runtime import engine_loop
+from edgellm.runtime.attempts import Attempts
 from edgellm.runtime.kv.copying.holdings import Holdings
 from edgellm.runtime.kv.copying.replicator import Replicator
 from edgellm.runtime.kv.fence import EpochFence
@@ -71,6 +73,12 @@ def ignore_deadlines_and_timeouts(patch):
 
 def admit_what_is_stale(patch):
     patch.setattr(EpochFence, "admits", lambda fence, attempt: True)
+
+
+def admit_what_nobody_counts(patch):
+    """Attempts of an orchestrator that is gone, from nodes that have not heard of the next."""
+    patch.setattr(Attempts, "is_counted", True)
+    patch.setattr(Attempts, "admits", lambda attempts, attempt: attempts.fence.admits(attempt))
 
 
 def install_damaged_chunks(patch):
@@ -148,6 +156,11 @@ def staged(*faults):
     return Scenario(seed=1, stages=2, journal=False, nodes=STAGED, asks=asks, faults=happen)
 
 
+def kept(name):
+    """A scenario that once failed."""
+    return read_scenario(Path(__file__).parent / "scenarios" / f"{name}.json")
+
+
 CALM = staged()
 CRASH = staged(("crash", "d1", 0.9, 0.3))
 TWO_CRASHES = staged(("crash", "d1", 0.8, 0.3), ("crash", "d0", 1.0, 0.3))
@@ -165,6 +178,7 @@ MUTATIONS = {
     lose_requests_of_dead_nodes: CRASH,
     ignore_deadlines_and_timeouts: draw_scenario(12),
     admit_what_is_stale: draw_scenario(10),
+    admit_what_nobody_counts: kept("copy-that-begins-between-a-hello-and-its-welcome"),
     install_damaged_chunks: DAMAGE,
     believe_damaged_hidden_states: DAMAGED_STEPS,
     believe_damaged_tokens: DAMAGED_RESULTS,
