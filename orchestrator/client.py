@@ -12,6 +12,8 @@ import grpc
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
 
 CONNECT_TIMEOUT_S = 10.0
+REFUSED_TIMEOUT_S = 1.5
+"""For a server whose port is not open yet: from the first try that failed outright."""
 CANCEL_TIMEOUT_S = 1.0
 RECONNECT_TIMEOUT_S = 30.0
 """An answer whose stream was lost is asked for again for so long."""
@@ -46,16 +48,31 @@ class ClientError(RuntimeError):
 def connect(server: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
     """Raises ClientError if nobody answers at `server`; errors of calls inside become ClientErrors as well."""
     with grpc.insecure_channel(server, options=_CHANNEL_OPTIONS) as channel:
-        ready = queue.SimpleQueue[object]()
-        grpc.channel_ready_future(channel).add_done_callback(ready.put)
-        try:
-            ready.get(timeout=CONNECT_TIMEOUT_S)
-        except queue.Empty as error:
-            raise ClientError(f"nobody answers at {server}: is edgellm-serve running? (--server HOST:PORT)") from error
+        if not _becomes_ready(channel):
+            raise ClientError(f"nobody answers at {server}: is edgellm-serve running? (--server HOST:PORT)")
         try:
             yield inference_pb2_grpc.InferenceStub(channel)
         except grpc.RpcError as error:
             raise ClientError(_explain(error, server)) from error
+
+
+def _becomes_ready(channel: grpc.Channel) -> bool:
+    """Wait in a queue, as Ctrl-C must not come between two lines of gRPC's own wait, which holds a lock."""
+    states = queue.SimpleQueue[grpc.ChannelConnectivity]()
+
+    def note(state: grpc.ChannelConnectivity) -> None:
+        if state is grpc.ChannelConnectivity.READY:
+            channel.unsubscribe(note)
+        states.put(state)
+
+    channel.subscribe(note, try_to_connect=True)
+    deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+    with contextlib.suppress(queue.Empty):
+        while (state := states.get(timeout=max(0.0, deadline_s - time.monotonic()))) != grpc.ChannelConnectivity.READY:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                deadline_s = min(deadline_s, time.monotonic() + REFUSED_TIMEOUT_S)
+        return True
+    return False
 
 
 def events(stub: inference_pb2_grpc.InferenceStub, request: inference_pb2.GenerateRequest) -> AnswerEvents:
@@ -153,7 +170,7 @@ def _pump(call: _Call, put: Callable[[inference_pb2.GenerateResponse | grpc.RpcE
             put(response)
     except grpc.RpcError as error:
         put(error)
-    else:
+    finally:
         put(None)
 
 

@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
-from edgellm.orchestrator import cli, serve
+from edgellm.orchestrator import cli, client, serve
 from edgellm.orchestrator.background import beside
 from edgellm.orchestrator.bundle import BundleError, Placement, Plan, open_bundle
 from edgellm.orchestrator.client import connect
@@ -136,10 +138,36 @@ def test_mistakes_are_one_line(address, capsys, arguments, message):
     assert error.count("\n") == 1
 
 
-def test_a_server_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr("edgellm.orchestrator.client.CONNECT_TIMEOUT_S", 0.2)
+def test_a_server_that_refuses_connections_is_not_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 3600.0)
     assert cli.main(["status", "--server", f"127.0.0.1:{_free_port()}"]) == 1
     assert "is edgellm-serve running?" in capsys.readouterr().err
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(capsys, monkeypatch):
+    monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(client, "REFUSED_TIMEOUT_S", 3600.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert cli.main(["status", "--server", f"127.0.0.1:{silent.getsockname()[1]}"]) == 1
+    assert "is edgellm-serve running?" in capsys.readouterr().err
+
+
+def test_a_server_that_is_just_starting_is_waited_for(monkeypatch):
+    monkeypatch.setattr(client, "REFUSED_TIMEOUT_S", 60.0)
+    address, connected = f"127.0.0.1:{_free_port()}", threading.Event()
+
+    def connect_first():
+        with connect(address):
+            connected.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(connect_first)
+        assert not connected.wait(0.3)
+        server = grpc.server(threads)
+        server.add_insecure_port(address)
+        server.start()
+        waiting.result(timeout=60)
+        server.stop(None).wait()
 
 
 def _free_port() -> int:
