@@ -26,10 +26,11 @@ def events_to_proto(driver: Driver) -> list[inference_pb2.ClusterEvent]:
 def _node_status(state: ClusterState, node: Node, now_s: float) -> inference_pb2.NodeStatus:
     """Free blocks are what the node itself counts, so that a leak shows."""
     profile, load = node.profile, node.load
+    layers = ", ".join(map(str, _joined(_carried(state, node))))
     return inference_pb2.NodeStatus(
         node_id=profile.node_id,
         incarnation=node.incarnation,
-        role="spare" if profile.spare else profile.role,
+        role=_role(node, layers),
         device_class=profile.device_class,
         engines=[engine.name for engine in profile.engines],
         address=profile.exchange_address,
@@ -43,10 +44,17 @@ def _node_status(state: ClusterState, node: Node, now_s: float) -> inference_pb2
         steps=load.steps,
         pid=profile.pid,
         heartbeat_age_ms=1000 * (now_s - node.last_beat_s),
-        layers=", ".join(map(str, _joined(_carried(state, node)))),
+        layers=layers,
         copies=sum(_holds_copy(request, node) for request in state.requests.values()),
         copy_lag_tokens=copy_lag_tokens(state, node.connection),
     )
+
+
+def _role(node: Node, layers: str) -> str:
+    """What it does now."""
+    if not node.profile.spare:
+        return node.profile.role
+    return f"{node.profile.role} (spare)" if layers else "spare"
 
 
 def _holds_copy(request: Request, node: Node) -> bool:

@@ -710,6 +710,7 @@ class NodeStatus(_message.Message):
     node_id: _builtins.str
     incarnation: _builtins.int
     role: _builtins.str
+    """`prefill`, `decode`, `spare`; `decode (spare)` while it stands in for another node."""
     device_class: _builtins.str
     address: _builtins.str
     state: _builtins.str
@@ -726,7 +727,7 @@ class NodeStatus(_message.Message):
     rss_shared_bytes: _builtins.int
     """Of rss_bytes, what other processes share (memory-mapped weights)."""
     layers: _builtins.str
-    """Layers it carries now, such as `0-14`; empty for spares and prefill nodes."""
+    """Layers it carries now, such as `0-14`; empty for nodes that only read prompts, or hold copies."""
     copies: _builtins.int
     """Requests whose copies it holds."""
     copy_lag_tokens: _builtins.int
