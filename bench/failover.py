@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final
 
+from bench import failover_chart
 from bench.clusters import BundleCluster, Steady, write_steadily
-from bench.failover_chart import draw
 from bench.failover_report import KILLED, RESTARTED, Row, row_of_pauses, steady_row, targets
 from bench.recovery import (
     Pause,
@@ -91,17 +91,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="to go on after a kill; default: all"
     )
-    parser.add_argument("--chart", type=Path, help="write a chart here, where matplotlib is installed")
+    parser.add_argument("--chart", type=Path, help="write a chart of the pauses after kills here; needs matplotlib")
 
 
 def run(options: argparse.Namespace) -> Report:
-    """Raises ClusterStartError, and ValueError if a request fails: then there is nothing to report."""
+    """Raises ClusterStartError, and ValueError if a request fails: then there is nothing to report.
+
+    ValueError before anything is measured if the bundle is too small, or there can be no chart.
+    """
+    if options.chart is not None:
+        failover_chart.require_matplotlib()
     bench = Bench(bundle=open_bundle(options.bundle), rounds=options.rounds)
     contexts = choose_contexts(bench.bundle, options.contexts)
     found = [part for event in options.events for part in _event(bench, event, contexts, options.ways)]
     rows = [row for row, _ in found]
     if options.chart is not None:
-        draw([(row.way, row.context, row.pause_ms) for row in rows if row.event == KILLED], options.chart)
+        failover_chart.draw(
+            [(row.way, row.context, row.pause_ms) for row in rows if row.event == KILLED], options.chart
+        )
     return Report(
         name="failover",
         machine=machine() | {"rounds": options.rounds},

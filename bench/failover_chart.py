@@ -7,10 +7,14 @@ from pathlib import Path
 from bench.chart import OURS_COLOUR, PEER_COLOUR
 
 
-def draw(pauses: Sequence[tuple[str, int, float]], path: Path) -> bool:
-    """pauses: way, context in tokens, milliseconds. Returns False where matplotlib is not installed."""
+def require_matplotlib() -> None:
+    """ValueError where it is not installed: to be called before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
-        return False
+        raise ValueError("--chart needs matplotlib: pip install 'edgellm[bench]', or leave the chart out")
+
+
+def draw(pauses: Sequence[tuple[str, int, float]], path: Path) -> None:
+    """pauses: way, context in tokens, milliseconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.45 * len(pauses) + 1), layout="constrained")
@@ -26,4 +30,3 @@ def draw(pauses: Sequence[tuple[str, int, float]], path: Path) -> bool:
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-    return True

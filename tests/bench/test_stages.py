@@ -1,11 +1,13 @@
 """Two stages beside one, and what failures cost: from runs to rows and targets."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from bench.__main__ import main
 from bench.clusters import Steady, median_ratio
 from bench.failover import choose_contexts
 from bench.failover_report import KILLED, Row, steady_row, targets
@@ -87,6 +89,16 @@ class TestFailover:
         ]
         found = [(target.value, target.met) for target in targets(rows, differing=1)]
         assert found == [(200, True), (800, False), (3, False), (1, False)]
+
+
+def test_a_chart_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["failover", "--bundle", "nowhere", "--chart", "chart.svg"]) == 1
+    assert capsys.readouterr().err == (
+        "bench failover: --chart needs matplotlib: pip install 'edgellm[bench]', or leave the chart out\n"
+    )
 
 
 MODEL = {"id": "m", "vocab_size": 8, "max_seq_len": 64, "num_layers": 4, "bos_token_id": 1, "eos_token_ids": [2]}
