@@ -1,7 +1,10 @@
 """A bundle's nodes as processes, with room for the requests of a benchmark, and how fast they write together."""
 
+import contextlib
 import os
+import random
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from edgellm.orchestrator.bundle import ServedBundle
 from edgellm.orchestrator.local_nodes import LocalNode, planned_nodes
 from edgellm.orchestrator.process_cluster import ProcessCluster
 
+TOKEN_IDS: Final = range(300, 500)
 STEADY_TOKENS: Final = 128
 """Of each client, for a reading of throughput."""
 SAMPLES: Final = 8
@@ -67,6 +71,32 @@ class Steady:
     """Share of the processors that neither these processes nor this one used."""
     step_times: tuple[StepTimes, ...] = ()
     """Of each node, in the cluster's order."""
+
+
+def random_prompts(count: int, tokens: int) -> list[list[int]]:
+    """The same ones each time."""
+    chance = random.Random(tokens)
+    return [chance.choices(TOKEN_IDS, k=tokens) for _ in range(count)]
+
+
+def write_by_turns(
+    served: Sequence[BundleCluster], prompts: Sequence[Sequence[int]], max_tokens: int, rounds: int
+) -> list[list[Steady]]:
+    """Runs of each, with all of them up, every other round in the other order: a machine's speed drifts by more than
+    what is compared. The first round does not count."""
+    runs: list[list[Steady]] = [[] for _ in served]
+    tokens = len(prompts[0]) + max_tokens
+    with contextlib.ExitStack() as stack:
+        clusters = []
+        for one in served:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            clusters.append(stack.enter_context(one.processes(folder, clients=len(prompts), tokens=tokens)))
+            clusters[-1].restore()
+        for number in range(rounds + 1):
+            turns = list(zip(served, clusters, runs, strict=True))
+            for one, cluster, taken in turns if number % 2 == 0 else reversed(turns):
+                taken.append(write_steadily(one, cluster, f"round{number}", prompts, max_tokens))
+    return [taken[1:] for taken in runs]
 
 
 def write_steadily(

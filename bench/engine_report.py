@@ -141,7 +141,7 @@ def _peer_row(result: Compared, pairing: Pairing) -> PeerRow:
         engine=result.peer.name,
         tokens_per_s=pairing.peer_tokens_per_s,
         ours_times=pairing.ratio,
-        read_gb_per_s=statistics.median(r.read_gb_per_s for r in pairing.rounds),
+        read_gb_per_s=pairing.read_gb_per_s,
         memory="fast" if memory_is_fast(pairing.rounds) else "slow",
         bf16_gflop_per_s=result.peaks.bf16,
         rss_mib=result.peer_rss_mib,

@@ -12,8 +12,6 @@ Where nothing fails: what copies cost in tokens per second, their bytes, and how
 """
 
 import argparse
-import contextlib
-import random
 import signal
 import tempfile
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import failover_chart
-from bench.clusters import BundleCluster, Steady, write_steadily
+from bench.clusters import BundleCluster, random_prompts, write_by_turns
 from bench.failover_report import KILLED, RESTARTED, Row, row_of_pauses, steady_row, targets
 from bench.recovery import (
     Pause,
@@ -39,7 +37,6 @@ from bench.report import Report, machine
 from edgellm.orchestrator.bundle import ServedBundle, open_bundle
 from edgellm.orchestrator.process_cluster import ORCHESTRATOR, ProcessCluster
 
-TOKEN_IDS: Final = range(300, 500)
 CLIENTS: Final = 8
 ORCHESTRATOR_CLIENTS: Final = 16
 ORCHESTRATOR_TOKENS: Final = 128
@@ -75,10 +72,6 @@ class Bench:
     def calm_tokens(self, context: int) -> int:
         """That every client reads when nothing fails: more than any has when something does."""
         return self.max_tokens(context) // 2
-
-    def prompts(self, context: int, clients: int) -> list[list[int]]:
-        chance = random.Random(context)
-        return [chance.choices(TOKEN_IDS, k=context) for _ in range(clients)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +151,7 @@ def _failures(bench: Bench, context: int, way: str, number: signal.Signals) -> t
         bench.cluster(folder, context, CLIENTS, copies=way == "hot copy") as cluster,
     ):
         victim = [node.node_id for node in bench.served(copies=False).nodes if not node.spare][-1]
-        prompts = bench.prompts(context, CLIENTS)
+        prompts = random_prompts(CLIENTS, context)
         if context not in bench.calm:
             bench.calm[context] = _calm(bench, cluster, prompts, context)
         for round_number in range(bench.rounds):
@@ -205,7 +198,7 @@ def _orchestrator_failures(bench: Bench) -> tuple[Row, int]:
         tempfile.TemporaryDirectory() as folder,
         bench.cluster(folder, context, ORCHESTRATOR_CLIENTS, copies=True) as cluster,
     ):
-        prompts = bench.prompts(context, ORCHESTRATOR_CLIENTS)
+        prompts = random_prompts(ORCHESTRATOR_CLIENTS, context)
         cluster.restore()
         calm = start_readers(cluster, "calm", prompts, ORCHESTRATOR_TOKENS)
         wait_until_finished(calm)
@@ -222,24 +215,10 @@ def _orchestrator_failures(bench: Bench) -> tuple[Row, int]:
 
 
 def _steady(bench: Bench, context: int) -> list[Row]:
-    """Tokens per second of all clients while nothing fails, with copies and without.
-
-    Two clusters take turns, every other round in the other order: a machine's speed drifts by more than copies cost.
-    The first round does not count.
-    """
-    runs: dict[bool, list[Steady]] = {True: [], False: []}
-    with contextlib.ExitStack() as stack:
-        clusters = {}
-        for copies in runs:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            clusters[copies] = stack.enter_context(bench.cluster(folder, context, CLIENTS, copies=copies))
-            clusters[copies].restore()
-        prompts, max_tokens = bench.prompts(context, CLIENTS), bench.max_tokens(context)
-        for number in range(bench.rounds + 1):
-            for copies in sorted(runs, reverse=number % 2 == 0):
-                served, name = bench.served(copies=copies), f"round{number}"
-                runs[copies].append(write_steadily(served, clusters[copies], name, prompts, max_tokens))
-    with_copies, without = runs[True][1:], runs[False][1:]
+    """Tokens per second of all clients while nothing fails, with copies and without."""
+    served = [bench.served(copies=True), bench.served(copies=False)]
+    prompts, max_tokens = random_prompts(CLIENTS, context), bench.max_tokens(context)
+    with_copies, without = write_by_turns(served, prompts, max_tokens, bench.rounds)
     return [
         steady_row("hot copy", context, CLIENTS, with_copies, without),
         steady_row("no copies", context, CLIENTS, without, without),

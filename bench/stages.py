@@ -7,24 +7,20 @@ two bundles have to be built alike but for their cluster file.
 """
 
 import argparse
-import contextlib
 import json
-import random
 import statistics
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from bench import busy
-from bench.clusters import BundleCluster, Steady, median_ratio, median_tokens_per_s, write_steadily
+from bench.clusters import BundleCluster, Steady, median_ratio, median_tokens_per_s, random_prompts, write_by_turns
 from bench.node_metrics import StepTimes
 from bench.report import Report, Target, machine
 from edgellm.engines.bundle import BUNDLE_FILE
 from edgellm.orchestrator.bundle import ServedBundle, open_bundle
 
-TOKEN_IDS: Final = range(300, 500)
 MAX_TOKENS: Final = 512
 """Of an answer: more than any client gets before all of them have had enough."""
 SHARE_TARGET: Final = 0.9
@@ -62,11 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     """Raises ClusterStartError, and ValueError if a request fails, others use the machine or the bundles differ."""
     busy.refuse_if_busy(options.even_if_busy)
-    bundles = {"two": open_bundle(options.two), "one": open_bundle(options.one)}
-    check_alike(bundles["two"], bundles["one"])
-    served = {way: BundleCluster(bundle=bundle, number=n) for n, (way, bundle) in enumerate(bundles.items())}
-    runs = _by_turns(served, options)
-    rows = [_row(served[way], runs[way], runs["one"], options) for way in served]
+    two, one = open_bundle(options.two), open_bundle(options.one)
+    check_alike(two, one)
+    served = [BundleCluster(bundle=bundle, number=number) for number, bundle in enumerate((two, one))]
+    prompts = random_prompts(options.requests, options.context)
+    runs = write_by_turns(served, prompts, MAX_TOKENS, options.rounds)
+    rows = [_row(cluster, taken, runs[-1], options) for cluster, taken in zip(served, runs, strict=True)]
     return Report(
         name="stages",
         machine=machine() | {"rounds": options.rounds, "measured_although_busy": options.even_if_busy},
@@ -96,28 +93,6 @@ def _decode_engines(bundle: ServedBundle) -> list[str]:
 
 def _contents(bundle: ServedBundle) -> dict[str, object]:
     return dict(json.loads((bundle.folder / BUNDLE_FILE).read_bytes()))
-
-
-def _by_turns(served: Mapping[str, BundleCluster], options: argparse.Namespace) -> dict[str, list[Steady]]:
-    """Every other round in the other order; the first does not count."""
-    runs: dict[str, list[Steady]] = {way: [] for way in served}
-    prompts = _prompts(options.requests, options.context)
-    with contextlib.ExitStack() as stack:
-        clusters = {}
-        for way, one in served.items():
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            cluster = one.processes(folder, clients=options.requests, tokens=options.context + MAX_TOKENS)
-            clusters[way] = stack.enter_context(cluster)
-            clusters[way].restore()
-        for number in range(options.rounds + 1):
-            for way in sorted(served, reverse=number % 2 == 0):
-                runs[way].append(write_steadily(served[way], clusters[way], f"round{number}", prompts, MAX_TOKENS))
-    return {way: taken[1:] for way, taken in runs.items()}
-
-
-def _prompts(requests: int, context: int) -> list[list[int]]:
-    chance = random.Random(context)
-    return [chance.choices(TOKEN_IDS, k=context) for _ in range(requests)]
 
 
 def _row(served: BundleCluster, runs: Sequence[Steady], one: Sequence[Steady], options: argparse.Namespace) -> Row:

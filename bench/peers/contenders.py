@@ -1,6 +1,6 @@
 """Who is measured, at what, and with which files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -45,21 +45,14 @@ OURS: Final = {
 }
 
 VARIANTS: Final = {
-    "no outliers": Contender(
+    "no outliers": replace(
+        OURS["int4"],
         name="EdgeLLM INT4, no outlier channels",
-        environment=environments.PROJECT,
-        driver="edgellm_driver.py",
         precision="int4-no-outliers",
-        phases=("decode",),
         format="as INT4, but every channel in 4 bits",
     ),
-    "int8 KV": Contender(
-        name="EdgeLLM INT4, INT8 KV",
-        environment=environments.PROJECT,
-        driver="edgellm_driver.py",
-        precision="int4-kv8",
-        phases=("decode",),
-        format="as INT4, but KV in 8 bits",
+    "int8 KV": replace(
+        OURS["int4"], name="EdgeLLM INT4, INT8 KV", precision="int4-kv8", format="as INT4, but KV in 8 bits"
     ),
 }
 """Ours, differing in one thing."""
