@@ -1,4 +1,4 @@
-"""A core of two stages on two nodes, to which stories are told."""
+"""A core to which stories are told, and one of two stages on two nodes."""
 
 from dataclasses import replace
 
@@ -67,12 +67,34 @@ def profile(name, *, blocks=64, prefill_decodes=False, pid=1):
     return replace(base, engines=engines, pid=pid, spare=name.startswith("spare"))
 
 
-class Cluster:
+class CoreStory:
+    """A core, its time, and what it commands (without notes)."""
+
+    def __init__(self, config):
+        self.core = Core(config, DualPool())
+        self.now_s = 0.0
+
+    def happens(self, event):
+        commands = self.core.handle(self.now_s, event)
+        self.core.check_integrity()
+        return [command for command in commands if not isinstance(command, NoteNode | NoteRequest | NoteTakeover)]
+
+    def passes(self, seconds, *beating, load=None, step_s=0.05):
+        """Ticks while these nodes send heartbeats."""
+        commands = []
+        for _ in range(round(seconds / step_s)):
+            self.now_s += step_s
+            for connection in beating:
+                commands += self.happens(HeartbeatReceived(connection=connection, load=load or NodeLoad()))
+            commands += self.happens(Tick())
+        return commands
+
+
+class Cluster(CoreStory):
     """A core of two stages, and a request, by `name`, that has been brought to decoding."""
 
     def __init__(self, *connections, prefill_decodes=False, **bounds):
-        self.core = Core(simulated_config(stages=CUT, **bounds), DualPool())
-        self.now_s = 0.0
+        super().__init__(simulated_config(stages=CUT, **bounds))
         self.name = RequestId("r")
         for connection in connections:
             self.join(connection, prefill_decodes=prefill_decodes)
@@ -80,20 +102,6 @@ class Cluster:
     def join(self, connection, name=None, held=(), highest_epoch=0, **fields):
         about = profile(name or NAMES[connection], **fields)
         return self.happens(NodeJoined(connection=connection, profile=about, held=held, highest_epoch=highest_epoch))
-
-    def happens(self, event):
-        commands = self.core.handle(self.now_s, event)
-        self.core.check_integrity()
-        return [command for command in commands if not isinstance(command, NoteNode | NoteRequest | NoteTakeover)]
-
-    def passes(self, seconds, *beating, load=None):
-        commands = []
-        for _ in range(round(seconds / 0.05)):
-            self.now_s += 0.05
-            for connection in beating:
-                commands += self.happens(HeartbeatReceived(connection=connection, load=load or NodeLoad()))
-            commands += self.happens(Tick())
-        return commands
 
     @property
     def request(self):

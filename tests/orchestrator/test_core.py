@@ -9,8 +9,6 @@ from edgellm.orchestrator.core.commands import (
     DropNode,
     EmitToken,
     FinishRequest,
-    NoteNode,
-    NoteRequest,
     RefuseNode,
     RejectRequest,
     ReleaseAttempt,
@@ -18,7 +16,6 @@ from edgellm.orchestrator.core.commands import (
     StartPrefill,
 )
 from edgellm.orchestrator.core.config import CoreConfigError
-from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import (
     AttemptFailed,
     AttemptReleased,
@@ -40,19 +37,18 @@ from edgellm.orchestrator.core.values import (
     RequestSpec,
     SampledToken,
 )
-from edgellm.orchestrator.policies.dual_pool import DualPool
 from tests.orchestrator.profiles import simulated_config, simulated_profile
+from tests.orchestrator.stories import CoreStory, the
 
 P0, P1, D0, D1 = (ConnectionId(number) for number in range(1, 5))
 NAMES = {P0: "prefill0", P1: "prefill1", D0: "decode0", D1: "decode1"}
 
 
-class Story:
-    """A core, its time, and what it last commanded (without notes)."""
+class Story(CoreStory):
+    """Of one stage, without copies."""
 
     def __init__(self, *connections: ConnectionId, kv_blocks: int = 64, half_engine: bool = True, **bounds):
-        self.core = Core(simulated_config(**{"hot_copies": False, **bounds}), DualPool())
-        self.now_s = 0.0
+        super().__init__(simulated_config(**{"hot_copies": False, **bounds}))
         for connection in connections:
             name = NAMES[connection]
             profile = simulated_profile(
@@ -64,21 +60,6 @@ class Story:
                 half_engine=half_engine,
             )
             self.happens(NodeJoined(connection=connection, profile=profile))
-
-    def happens(self, event):
-        commands = self.core.handle(self.now_s, event)
-        self.core.check_integrity()
-        return [command for command in commands if not isinstance(command, NoteNode | NoteRequest)]
-
-    def passes(self, seconds: float, *beating: ConnectionId, step_s: float = 0.05):
-        """Ticks while these nodes send heartbeats."""
-        commands = []
-        for _ in range(round(seconds / step_s)):
-            self.now_s += step_s
-            for connection in beating:
-                commands += self.happens(HeartbeatReceived(connection=connection, load=NodeLoad()))
-            commands += self.happens(Tick())
-        return commands
 
     def submit(self, name: str = "r", prompt_tokens: int = 10, max_tokens: int = 5, **fields):
         spec = RequestSpec(
@@ -95,13 +76,6 @@ class Story:
         token = SampledToken(index=0, token_id=7)
         done = PrefillDone(connection=start.connection, attempt=start.attempt, first_token=token, prefill_ms=1.0)
         return the(StartDecode, self.happens(done))
-
-
-def the(kind, commands):
-    """The one command of this kind."""
-    found = [command for command in commands if isinstance(command, kind)]
-    assert len(found) == 1, commands
-    return found[0]
 
 
 def token(start, index: int, finish=None) -> TokenGenerated:
