@@ -93,9 +93,9 @@ class EngineLoop:
             self._node.step_failed(planned, f"engine {planned.engine.spec.name}: {error}")
             return
         now_s = time.monotonic()
+        self._node.step_ended(planned, output, now_s)
         self.progress.observe(planned, now_s - started_s)
         self._on_step(planned, now_s - started_s)
-        self._node.step_ended(planned, output, now_s)
 
 
 def run_step(engine: Engine, step: Step) -> StepOutput:

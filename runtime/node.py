@@ -178,14 +178,15 @@ class Node:
                 for progress in batcher.commit(step, output.sampled):
                     self._prompt_progressed(progress, now_s)
             case DecodeLane(route=route, batcher=batcher) as lane:
-                self._computed(step, route[0].layers)
                 if len(route) > 1:
                     self._pipelines.pass_on(lane, step, output)
-                else:
+                self._computed(step, route[0].layers)
+                if len(route) == 1:
                     self._tokens_generated(batcher.commit(step, output.sampled))
             case StageLane():
+                generated = self._pipelines.ended(output)
                 self._computed(step, engine_layers(planned.engine.spec))
-                self._tokens_generated(self._pipelines.ended(output))
+                self._tokens_generated(generated)
         self.lifecycle.answer_releases()
         self.lifecycle.start_readings()
 

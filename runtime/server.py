@@ -31,6 +31,7 @@ from edgellm.runtime.loading import NodeEngines, make_lanes
 from edgellm.runtime.metrics import NodeMetrics
 from edgellm.runtime.node import Node
 from edgellm.runtime.rpc import cluster_pb2, kv_pb2_grpc, stage_pb2_grpc
+from edgellm.runtime.stages.local import serving_locally
 from edgellm.runtime.stages.servicer import ServicerHooks, StageExchangeServicer
 from edgellm.runtime.stages.streams import StageStreams, StreamHooks
 from edgellm.runtime.tasks import race
@@ -180,13 +181,12 @@ class NodeServer:
             on_crash=self._crashed,
         )
         kv_pb2_grpc.add_KvExchangeServicer_to_server(servicer, server)
-        steps = StageExchangeServicer(
-            ServicerHooks(
-                on_step=lambda step, source: self.node.stage_step(step, source, time.monotonic()),
-                on_gone=self.node.stage_source_gone,
-                on_crash=self._crashed,
-            )
+        step_hooks = ServicerHooks(
+            on_step=lambda step, source: self.node.stage_step(step, source, time.monotonic()),
+            on_gone=self.node.stage_source_gone,
+            on_crash=self._crashed,
         )
+        steps = StageExchangeServicer(step_hooks)
         stage_pb2_grpc.add_StageExchangeServicer_to_server(steps, server)
         try:
             bound = server.add_insecure_port(self._config.listen)
@@ -194,13 +194,13 @@ class NodeServer:
             raise NodeError(
                 f"cannot listen on {self._config.listen}: in use? choose another port, or 0 for any"
             ) from error
-        self._exchange_address = (
-            self._config.advertise or f"{_reachable_host(self._listen_host, self._config.join.orchestrator)}:{bound}"
-        )
+        address = f"{_reachable_host(self._listen_host, self._config.join.orchestrator)}:{bound}"
+        self._exchange_address = self._config.advertise or address
         await server.start()
         _log.info("listening node=%s exchange=%s", self._config.node_id, self._exchange_address)
         try:
-            yield
+            async with serving_locally(address, step_hooks):
+                yield
         finally:
             await server.stop(grace=None)
             await servicer.streams.ended()

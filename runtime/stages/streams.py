@@ -12,6 +12,7 @@ import grpc.aio
 from edgellm.runtime.kv.links import CHANNEL_OPTIONS
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.rpc import stage_pb2, stage_pb2_grpc
+from edgellm.runtime.stages.local import Frames, connect_locally
 from edgellm.runtime.stages.messages import StageResult, StageStep
 from edgellm.runtime.stages.routes import Leg
 from edgellm.runtime.stages.wire import result_from_proto, step_to_proto
@@ -46,6 +47,14 @@ class _Stream:
     sent_s: dict[int, float] = field(default_factory=dict)
     """When each step was sent that has no result yet."""
     task: asyncio.Task[None] | None = None
+    local: Frames | None = None
+    """The connection, where the peer is on this host."""
+
+    def send(self, step: StageStep) -> None:
+        if self.local is None:
+            self.outgoing.put_nowait(step)
+        else:
+            self.local.send(step_to_proto(step).SerializeToString())
 
 
 class StageStreams:
@@ -66,7 +75,7 @@ class StageStreams:
             self._tasks.add(stream.task)
             stream.task.add_done_callback(self._task_ended)
         stream.sent_s[step.step_id] = time.monotonic()
-        stream.outgoing.put_nowait(step)
+        stream.send(step)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -76,16 +85,34 @@ class StageStreams:
     async def _run(self, peer: _Peer, stream: _Stream) -> None:
         node_id, address = peer
         try:
-            async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
-                call = stage_pb2_grpc.StageExchangeStub(channel).Steps(None)
-                try:
-                    await race(self._write(call, stream), self._read(call, stream))
-                finally:
-                    call.cancel()
+            if not await self._run_locally(address, stream):
+                await self._run_over_grpc(address, stream)
         except grpc.aio.AioRpcError as error:
             _log.warning("stage stream lost peer=%s reason=%s: %s", node_id, error.code().name, error.details())
         del self._streams[peer]
         self._hooks.on_broken(node_id)
+
+    async def _run_locally(self, address: str, stream: _Stream) -> bool:
+        """Until the connection has ended; False if there is none, as the peer is on another host."""
+        local = await connect_locally(address, lambda data: self._take(stage_pb2.StageResult.FromString(data), stream))
+        if local is None:
+            return False
+        stream.local = local
+        try:
+            while not stream.outgoing.empty():
+                stream.send(stream.outgoing.get_nowait())
+            await asyncio.shield(local.ended)
+        finally:
+            local.abort()
+        return True
+
+    async def _run_over_grpc(self, address: str, stream: _Stream) -> None:
+        async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+            call = stage_pb2_grpc.StageExchangeStub(channel).Steps(None)
+            try:
+                await race(self._write(call, stream), self._read(call, stream))
+            finally:
+                call.cancel()
 
     async def _write(self, call: _Call, stream: _Stream) -> None:
         while True:
@@ -93,15 +120,19 @@ class StageStreams:
 
     async def _read(self, call: _Call, stream: _Stream) -> None:
         while isinstance(message := await call.read(), stage_pb2.StageResult):
-            sent_s = stream.sent_s.pop(message.step_id, None)
-            if sent_s is not None:
-                self._hooks.on_round_trip(time.monotonic() - sent_s)
             try:
-                result = result_from_proto(message)
+                self._take(message, stream)
             except ValueError as error:
                 _log.warning("stage stream given up reason=%s", error)
                 return
-            self._hooks.on_result(result)
+
+    def _take(self, message: stage_pb2.StageResult, stream: _Stream) -> None:
+        """Raises ValueError for one that arrived damaged."""
+        result = result_from_proto(message)
+        sent_s = stream.sent_s.pop(result.step_id, None)
+        if sent_s is not None:
+            self._hooks.on_round_trip(time.monotonic() - sent_s)
+        self._hooks.on_result(result)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

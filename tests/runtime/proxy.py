@@ -1,10 +1,14 @@
 """A TCP proxy that misbehaves on demand."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
+
+from edgellm.runtime.stages.local import socket_name
+
+Connecting = Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
 Way = Literal["up", "down"]
 """Up is from those who dial to the listener."""
@@ -23,6 +27,7 @@ class Proxy:
     """Invert the byte after this pattern, so many times; an empty pattern is found before the first byte of a piece."""
     damaged_way: Way = "up"
     forwarded_bytes: int = 0
+    took_steps_locally: bool = False
     _open: dict[Way, asyncio.Event] = field(default_factory=dict)
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
@@ -48,8 +53,16 @@ class Proxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self.target.rpartition(":")
+        await self._serve(reader, writer, asyncio.open_connection(host, int(port)))
+
+    async def serve_steps(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Of the stage exchange, on one host."""
+        self.took_steps_locally = True
+        await self._serve(reader, writer, asyncio.open_unix_connection(socket_name(self.target)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, there: Connecting) -> None:
         try:
-            there_reader, there_writer = await asyncio.open_connection(host, int(port))
+            there_reader, there_writer = await there
         except OSError:
             writer.transport.abort()
             return
@@ -92,15 +105,22 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxied(target: str) -> AsyncIterator[Proxy]:
-    """A proxy before `target`, host:port."""
+async def proxied(target: str, *, steps_locally: bool = False) -> AsyncIterator[Proxy]:
+    """A proxy before `target`, host:port.
+
+    steps_locally: who dials it finds the stage exchange as that of a node on this host; else there is none but gRPC's.
+    """
     proxy = Proxy(target, asyncio.get_running_loop())
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
-    proxy.address = "{}:{}".format(*server.sockets[0].getsockname())
+    servers = [await asyncio.start_server(proxy.serve, "127.0.0.1", 0)]
+    proxy.address = "{}:{}".format(*servers[0].sockets[0].getsockname())
+    if steps_locally:
+        servers.append(await asyncio.start_unix_server(proxy.serve_steps, socket_name(proxy.address)))
     try:
         yield proxy
     finally:
-        server.close()
+        for server in servers:
+            server.close()
         proxy.heal()
         proxy.cut()
-        await server.wait_closed()
+        for server in servers:
+            await server.wait_closed()

@@ -7,13 +7,14 @@ from contextlib import AsyncExitStack
 import pytest
 
 from edgellm.runtime.kv.copying.queue import CopyConfig
-from edgellm.runtime.stages import servicer as stage_servicer
+from edgellm.runtime.stages import local, servicer
 from edgellm.runtime.stages.wire import result_to_proto
 from tests.runtime.conftest import CONTRACT, LAYERS, eventually, one_by_one, random_prompt, staged_answer
 from tests.runtime.copies import Holder, attempt, row
 from tests.runtime.proxy import Proxy, proxied
 from tests.runtime.takeover import Part, Request, on_nodes
-from tests.runtime.test_copy_stream import PATIENT, Source, holds, servicer, serving
+from tests.runtime.test_copy_stream import PATIENT, Source, holds, serving
+from tests.runtime.test_copy_stream import servicer as copy_servicer
 
 ALL = range(LAYERS)
 PROMPT, MAX_TOKENS = random_prompt(70, seed=4), 100
@@ -29,7 +30,7 @@ def copying_through(test, config: CopyConfig = PATIENT):
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
-            address = await stack.enter_async_context(serving(servicer(holder)))
+            address = await stack.enter_async_context(serving(copy_servicer(holder)))
             proxy = await stack.enter_async_context(proxied(address))
             source = Source(config)
             stack.push_async_callback(source.close)
@@ -120,13 +121,15 @@ def damage_kv(proxy: Proxy) -> None:
     proxy.damage = b"raw\x49", 1
 
 
+@pytest.mark.parametrize("locally", [False, True], ids=["grpc", "local"])
 @pytest.mark.parametrize("trouble", ["delay", "cut", "damaged step", "damaged result"])
-def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
+def test_steps_between_stages_through_a_bad_link(trouble, locally, monkeypatch):
     """A delay changes nothing; what is cut or damaged stalls the answer, and it goes on from the copies."""
     expected = staged_answer((2, 1), PROMPT, MAX_TOKENS)
 
     async def test(nodes):
-        async with proxied(nodes.running["b"].joined.hello.exchange_address) as proxy:
+        address = nodes.running["b"].joined.hello.exchange_address
+        async with proxied(address, steps_locally=locally) as proxy:
             nodes.addresses["b"] = proxy.address
             proxy.delay_s = 0.002 if trouble == "delay" else SLOW_S
             request = Request(nodes, "r", PROMPT, MAX_TOKENS)
@@ -143,6 +146,7 @@ def test_steps_between_stages_through_a_bad_link(trouble, monkeypatch):
             assert request.tokens == expected
             assert request.failures() == []
             await request.release()
+            assert proxy.took_steps_locally == locally
 
     on_nodes(test, STAGED, allow_shm=False)
 
@@ -169,7 +173,8 @@ def damage_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         message.samples[0].token.token_id ^= next(damages, 0)
         return message
 
-    monkeypatch.setattr(stage_servicer, "result_to_proto", damaged)
+    for module in (local, servicer):
+        monkeypatch.setattr(module, "result_to_proto", damaged)
 
 
 def broken(running) -> bool:
