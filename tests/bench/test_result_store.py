@@ -8,15 +8,14 @@ import msgspec
 import pytest
 
 from bench import engine
-from bench.busy import CpuShares
 from bench.comparison import Compared
 from bench.installed_code import Conditions, conditions, kernels_sha256, peer_code
-from bench.machine_limits import Peaks
-from bench.pairs import DECODE_1, DECODE_8, Pairing, Round
+from bench.pairs import DECODE_1, DECODE_8
 from bench.peers.contenders import PEERS, TRANSFORMERS
 from bench.peers.models import MODELS
 from bench.result_store import ResultStore, Wanted
 from edgellm.engines.cpu.plan import BACKEND_VERSION
+from tests.bench.comparisons import compared
 
 NOW = Conditions(cpu="a processor", threads=2, real_time=True, backend_version="cpu-9")
 CELL = Wanted(model=MODELS["134m"], peer=PEERS[0], scenario=DECODE_8)
@@ -24,27 +23,8 @@ OTHER = Wanted(model=MODELS["134m"], peer=PEERS[1], scenario=DECODE_1)
 
 
 def result(cell: Wanted = CELL, ours_s: float = 1.0) -> Compared:
-    shares = CpuShares(others=0.01, stolen=0)
-    one = Round(ours_s=ours_s, peer_s=2, read_1_gb_per_s=10, read_2_gb_per_s=20, shares=shares)
-    return Compared(
-        model=cell.model,
-        scenario=cell.scenario,
-        peer=cell.peer,
-        pairing=Pairing(scenario=cell.scenario, steps=10, rounds=(one,) * 5),
-        reason="",
-        scheduler="SCHED_RR 5",
-        ours_name="EdgeLLM INT4",
-        ours_weight_bytes=1,
-        ours_load_s=0.1,
-        ours_rss_mib=10,
-        peer_load_s=2.0,
-        peer_rss_mib=900,
-        peaks=Peaks(fp32=1, bf16=2, int8=3),
-        measured_at="2026-01-01 10:00",
-        conditions=NOW,
-        kernels_sha256="kernels",
-        peer_code=peer_code(cell.peer),
-    )
+    measured = compared(cell.scenario, ours_s, 2, peer=PEERS.index(cell.peer), model=cell.model.name)
+    return dataclasses.replace(measured, conditions=NOW, kernels_sha256="kernels", peer_code=peer_code(cell.peer))
 
 
 @pytest.fixture
@@ -110,7 +90,10 @@ def test_a_result_of_other_conditions_is_left_out_and_named(
     store: ResultStore, change: dict[str, object], said: str
 ) -> None:
     store.write(result())
-    now = dataclasses.replace(NOW, **change)  # type: ignore[arg-type]
+    check_left_out(store, dataclasses.replace(NOW, **change), said)  # type: ignore[arg-type]
+
+
+def check_left_out(store: ResultStore, now: Conditions, said: str) -> None:
     gathered = store.gather([CELL], now, "kernels")
     assert gathered.results == []
     assert gathered.notes == [f"left out: {CELL.name}, of 2026-01-01 10:00: {said}"]
@@ -134,10 +117,7 @@ def test_a_result_of_other_kernels_is_named(store: ResultStore) -> None:
 def test_a_result_of_another_peer_is_left_out_and_named(store: ResultStore, change: dict[str, str], said: str) -> None:
     older = dataclasses.replace(peer_code(CELL.peer), **change)
     store.write(dataclasses.replace(result(), peer_code=older))
-    gathered = store.gather([CELL], NOW, "kernels")
-    assert gathered.results == []
-    assert gathered.notes == [f"left out: {CELL.name}, of 2026-01-01 10:00: {said}"]
-    assert not store.is_current(CELL, NOW)
+    check_left_out(store, NOW, said)
 
 
 def test_a_result_that_does_not_say_its_peer_is_as_measured(store: ResultStore) -> None:
