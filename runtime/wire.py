@@ -16,7 +16,7 @@ _FINISH: dict[FinishReason | None, inference_pb2.FinishReason.ValueType] = {
     "length": inference_pb2.FINISH_REASON_LENGTH,
 }
 _FINISHED = {reason: finish for finish, reason in _FINISH.items()}
-_FAILURE: dict[messages.FailureKind, cluster_pb2.FailureKind.ValueType] = {
+FAILURE_TO_PROTO: dict[messages.FailureKind, cluster_pb2.FailureKind.ValueType] = {
     "engine": cluster_pb2.FAILURE_KIND_ENGINE,
     "transfer": cluster_pb2.FAILURE_KIND_TRANSFER,
     "capacity": cluster_pb2.FAILURE_KIND_CAPACITY,
@@ -65,7 +65,7 @@ def event_to_proto(event: messages.Event) -> cluster_pb2.NodeMessage:
             return cluster_pb2.NodeMessage(tokens=_tokens(event))
         case messages.RequestFailed(attempt=attempt, kind=kind, message=message, peer=peer):
             failed = cluster_pb2.RequestFailed(
-                attempt=attempt_to_proto(attempt), kind=_FAILURE[kind], message=message, peer_node_id=peer or ""
+                attempt=attempt_to_proto(attempt), kind=FAILURE_TO_PROTO[kind], message=message, peer_node_id=peer or ""
             )
             return cluster_pb2.NodeMessage(request_failed=failed)
         case messages.Released(attempt=attempt):
@@ -189,7 +189,7 @@ def _copy_lost(event: messages.CopyLost) -> cluster_pb2.CopyLost:
         holder_node_id=event.holder,
         first_layer=event.first_layer,
         num_layers=event.num_layers,
-        kind=_FAILURE[event.kind],
+        kind=FAILURE_TO_PROTO[event.kind],
         message=event.message,
     )
 

@@ -1,5 +1,7 @@
 """Between the messages of `tensor_parallel.proto` and this node's own types."""
 
+from typing import get_args
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,14 +11,16 @@ from edgellm.runtime.kv.transfer import TransferError, TransferFailure, Transfer
 from edgellm.runtime.kv.types import KvTarget, TransferStats
 from edgellm.runtime.rpc import cluster_pb2, inference_pb2
 from edgellm.runtime.rpc import tensor_parallel_pb2 as pb
-from edgellm.runtime.wire import attempt_from_proto, attempt_to_proto, target_from_proto, transfer_to_proto
+from edgellm.runtime.wire import (
+    FAILURE_TO_PROTO,
+    attempt_from_proto,
+    attempt_to_proto,
+    target_from_proto,
+    transfer_to_proto,
+)
 
-_TO_PROTO: dict[TransferFailure, cluster_pb2.FailureKind.ValueType] = {
-    "transfer": cluster_pb2.FAILURE_KIND_TRANSFER,
-    "capacity": cluster_pb2.FAILURE_KIND_CAPACITY,
-    "stale": cluster_pb2.FAILURE_KIND_STALE,
-}
-_FROM_PROTO = {number: kind for kind, number in _TO_PROTO.items()}
+_KINDS: tuple[TransferFailure, ...] = get_args(TransferFailure)
+_FAILURE_FROM_PROTO = {FAILURE_TO_PROTO[kind]: kind for kind in _KINDS}
 
 
 def step_to_proto(batch: Batch) -> pb.RankStep:
@@ -90,12 +94,12 @@ def stats_from_proto(transfer: inference_pb2.KvTransfer) -> TransferStats:
 
 
 def failed_to_proto(transfer_id: int, error: TransferError) -> pb.RankMessage:
-    failed = pb.RankFailed(transfer_id=transfer_id, kind=_TO_PROTO[error.kind], message=str(error))
+    failed = pb.RankFailed(transfer_id=transfer_id, kind=FAILURE_TO_PROTO[error.kind], message=str(error))
     return pb.RankMessage(failed=failed)
 
 
 def error_from_proto(failed: pb.RankFailed, target: KvTarget) -> TransferError:
-    return TransferError(_FROM_PROTO.get(failed.kind, "transfer"), target.node_id, failed.message)
+    return TransferError(_FAILURE_FROM_PROTO.get(failed.kind, "transfer"), target.node_id, failed.message)
 
 
 def _bytes(array: npt.NDArray[np.int32]) -> bytes:
