@@ -103,13 +103,7 @@ def _measure(options: argparse.Namespace, store: ResultStore, now: Conditions, s
 def _comparison(options: argparse.Namespace, now: Conditions, say: Callable[[str], None]) -> Comparison:
     real_time = not options.normal_priority
     return Comparison(
-        loader=Loader(
-            threads=options.threads,
-            real_time=real_time,
-            environments=Environments(say),
-            store=ModelStore(say),
-            say=say,
-        ),
+        loader=Loader.telling(say, threads=options.threads, real_time=real_time),
         turns=Turns(
             limits=MachineLimits(options.threads),
             rounds=options.rounds,

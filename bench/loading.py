@@ -47,6 +47,12 @@ class Loader:
     store: ModelStore
     say: Callable[[str], None]
 
+    @classmethod
+    def telling(cls, say: Callable[[str], None], *, threads: int, real_time: bool) -> "Loader":
+        """With environments and models of its own, which tell what they do by the same `say`."""
+        environments, store = Environments(say), ModelStore(say)
+        return cls(threads=threads, real_time=real_time, environments=environments, store=store, say=say)
+
     @contextlib.contextmanager
     def loaded(self, contender: Contender, model: Model) -> Iterator[Loaded]:
         """A driver that ends with the block. Raises UnavailableError."""

@@ -23,8 +23,8 @@ from bench.busy import BUSY_SHARE
 from bench.loading import Loaded, Loader
 from bench.pairs import DECODE_1, DECODE_8, PREFILL_512, PREFILL_2048, Scenario
 from bench.peers.contenders import OURS
-from bench.peers.environments import Environments, UnavailableError
-from bench.peers.models import MODELS, Model, ModelStore
+from bench.peers.environments import UnavailableError
+from bench.peers.models import MODELS, Model
 from bench.report import Report, Target, machine
 
 SHARE_TARGET: Final = 0.45
@@ -79,13 +79,7 @@ def run(options: argparse.Namespace) -> Report:
     """ValueError if others use the machine now, or a model is missing."""
     busy.refuse_if_busy(options.even_if_busy)
     say = Console(stderr=True, log_path=False).log
-    loader = Loader(
-        threads=options.threads,
-        real_time=False,
-        environments=Environments(say),
-        store=ModelStore(say),
-        say=say,
-    )
+    loader = Loader.telling(say, threads=options.threads, real_time=False)
     found = [
         result
         for name in options.models

@@ -18,8 +18,8 @@ from bench.loading import Loaded, Loader
 from bench.machine_limits import MachineLimits
 from bench.pairs import DECODE_1, MAX_STEPS, Pairing, Scenario, bytes_per_step
 from bench.peers.contenders import OURS, VARIANTS
-from bench.peers.environments import Environments, UnavailableError
-from bench.peers.models import MODELS, Model, ModelStore
+from bench.peers.environments import UnavailableError
+from bench.peers.models import MODELS, Model
 from bench.report import Report, Target, machine
 from bench.turns import Side, Turns, side, warm_up
 
@@ -71,13 +71,7 @@ def run(options: argparse.Namespace) -> Report:
         real_time=real_time,
         even_if_busy=options.even_if_busy,
     )
-    loader = Loader(
-        threads=options.threads,
-        real_time=real_time,
-        environments=Environments(say),
-        store=ModelStore(say),
-        say=say,
-    )
+    loader = Loader.telling(say, threads=options.threads, real_time=real_time)
     found = [result for name in options.models for result in _measure(MODELS[name], loader, turns)]
     rows = [result for result in found if isinstance(result, Row)]
     return Report(
