@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from edgellm.orchestrator.sim.network import LinkModel, Network, Scale
 from edgellm.orchestrator.sim.rpc import Listener
 from edgellm.orchestrator.sim.servers import SimulatedServer
 from edgellm.runtime import server as node_server
+from edgellm.runtime.stages import streams as stage_streams
 
 EPOCH_UNIX_S = 1_800_000_000.0
 
@@ -48,6 +49,9 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
     def host() -> str:
         return current_process().name
 
+    async def nobody_on_this_host(*_: Any) -> None:
+        """Each process has a host of its own, so steps take gRPC."""
+
     def unix_s() -> float:
         return EPOCH_UNIX_S + loop.time() + current_process().wall_clock_jump_s
 
@@ -57,6 +61,8 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
         (os, "getpid", pid),
         (node_server, "host_id", host),
         (node_server, "memory", lambda: resident),
+        (node_server, "serving_locally", lambda *_: nullcontext()),
+        (stage_streams, "connect_locally", nobody_on_this_host),
         (grpc.aio, "insecure_channel", channel),
         (grpc.aio, "server", server),
     )
