@@ -13,6 +13,8 @@ from bench.real_time import real_time
 
 _PAUSE_S: Final = 0.05
 """Before each run, so that threads of the run before stop waiting actively."""
+_PATIENCE: Final = 4
+"""At most so many times as many rounds as are wanted: on a virtual machine the host takes processors for seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,9 @@ class Turns:
     even_if_busy: bool
 
     def take(self, ours: Side, other: Side) -> tuple[tuple[Round, ...], str]:
-        """At most twice as many rounds as wanted; none, and the reason, if too many of them were disturbed."""
+        """None, and the reason, if too many rounds were disturbed."""
         rounds = list[Round]()
-        for number in range(2 * self.rounds):
+        for number in range(_PATIENCE * self.rounds):
             rounds.append(self._round(ours, other, ours_first=number % 2 == 0))
             kept = tuple(rounds) if self.even_if_busy else clean(rounds)
             if len(kept) == self.rounds:
