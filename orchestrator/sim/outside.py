@@ -4,8 +4,9 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -16,7 +17,6 @@ from edgellm.orchestrator.sim.network import LinkModel, Network, Scale
 from edgellm.orchestrator.sim.rpc import Listener
 from edgellm.orchestrator.sim.servers import SimulatedServer
 from edgellm.runtime import server as node_server
-from edgellm.runtime.stages import streams as stage_streams
 
 EPOCH_UNIX_S = 1_800_000_000.0
 
@@ -49,8 +49,12 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
     def host() -> str:
         return current_process().name
 
-    async def nobody_on_this_host(*_: Any) -> None:
-        """Each process has a host of its own, so steps take gRPC."""
+    async def dial_on_this_host(*_: Any) -> None:
+        """Each process has a host of its own: what nodes of one host tell each other goes over the network."""
+        raise ConnectionRefusedError
+
+    async def listen_on_this_host(*_: Any) -> SimpleNamespace:
+        return SimpleNamespace(close=lambda: None)
 
     def unix_s() -> float:
         return EPOCH_UNIX_S + loop.time() + current_process().wall_clock_jump_s
@@ -61,8 +65,8 @@ def simulated_outside(seed: int, link: LinkModel, scale: Scale) -> Iterator[Outs
         (os, "getpid", pid),
         (node_server, "host_id", host),
         (node_server, "memory", lambda: resident),
-        (node_server, "serving_locally", lambda *_: nullcontext()),
-        (stage_streams, "connect_locally", nobody_on_this_host),
+        (loop, "create_unix_connection", dial_on_this_host),
+        (loop, "create_unix_server", listen_on_this_host),
         (grpc.aio, "insecure_channel", channel),
         (grpc.aio, "server", server),
     )
