@@ -194,17 +194,29 @@ class NodeServer:
             raise NodeError(
                 f"cannot listen on {self._config.listen}: in use? choose another port, or 0 for any"
             ) from error
-        address = f"{_reachable_host(self._listen_host, self._config.join.orchestrator)}:{bound}"
-        self._exchange_address = self._config.advertise or address
-        await server.start()
-        _log.info("listening node=%s exchange=%s", self._config.node_id, self._exchange_address)
-        try:
-            async with serving_locally(address, step_hooks):
+        host = self._listen_host if self._config.advertise else self._reachable_host()
+        self._exchange_address = self._config.advertise or f"{host}:{bound}"
+        async with serving_locally(f"{host}:{bound}", step_hooks):
+            await server.start()
+            _log.info("listening node=%s exchange=%s", self._config.node_id, self._exchange_address)
+            try:
                 yield
-        finally:
-            await server.stop(grace=None)
-            await servicer.streams.ended()
-            await steps.streams.ended()
+            finally:
+                await server.stop(grace=None)
+                await servicer.streams.ended()
+                await steps.streams.ended()
+
+    def _reachable_host(self) -> str:
+        """What others should dial: for a node that listens everywhere, where it reaches the orchestrator from."""
+        if self._listen_host not in ("", "0.0.0.0", "[::]"):
+            return self._listen_host
+        orchestrator = self._config.join.orchestrator
+        try:
+            return address_towards(orchestrator)
+        except OSError as error:
+            raise NodeError(
+                f"no way to {orchestrator} ({error.strerror}); name this node's address in --listen"
+            ) from error
 
     def _emit(self, event: messages.Event) -> None:
         self.metrics.event(event)
@@ -277,13 +289,3 @@ class NodeServer:
             prefill_tokens_per_s=progress.prefill_tokens_per_s,
             decode_step_ms=progress.decode_step_ms,
         )
-
-
-def _reachable_host(listen_host: str, orchestrator: str) -> str:
-    """What others should dial: for a node that listens everywhere, the address it reaches the orchestrator from."""
-    if listen_host not in ("", "0.0.0.0", "[::]"):
-        return listen_host
-    try:
-        return address_towards(orchestrator)
-    except OSError as error:
-        raise NodeError(f"no way to {orchestrator} ({error.strerror}); name this node's address in --listen") from error

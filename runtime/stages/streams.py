@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.rpc import stage_pb2, stage_pb2_grpc
 from edgellm.runtime.stages.local import Frames, connect_locally
 from edgellm.runtime.stages.messages import StageResult, StageStep
+from edgellm.runtime.stages.pipelines import STEP_PATIENCE_S
 from edgellm.runtime.stages.routes import Leg
 from edgellm.runtime.stages.wire import result_from_proto, step_to_proto
 from edgellm.runtime.streams import write
@@ -24,6 +26,10 @@ _Call: TypeAlias = grpc.aio.StreamStreamCall[stage_pb2.StageStep, stage_pb2.Stag
 
 _CHANNEL_OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1), *CHANNEL_OPTIONS)
 """A new stream tries to connect at once, whatever became of earlier ones to the same address."""
+
+_LOOK_S: Final = 1.0
+_PATIENCE_S: Final = 2 * STEP_PATIENCE_S
+"""A step that a process of this host has for so long is lost: it stands still. gRPC's pings tell that of others."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +53,12 @@ class _Stream:
     sent_s: dict[int, float] = field(default_factory=dict)
     """When each step was sent that has no result yet."""
     task: asyncio.Task[None] | None = None
-    local: Frames | None = None
+    local: Frames[StageResult] | None = None
     """The connection, where the peer is on this host."""
+
+    def is_overdue(self) -> bool:
+        """The oldest step without a result comes first: those with one have left."""
+        return time.monotonic() - next(iter(self.sent_s.values()), math.inf) > _PATIENCE_S
 
     def send(self, step: StageStep) -> None:
         if self.local is None:
@@ -94,14 +104,15 @@ class StageStreams:
 
     async def _run_locally(self, address: str, stream: _Stream) -> bool:
         """Until the connection has ended; False if there is none, as the peer is on another host."""
-        local = await connect_locally(address, lambda data: self._take(stage_pb2.StageResult.FromString(data), stream))
+        local = await connect_locally(address, _result, lambda result: self._take(result, stream))
         if local is None:
             return False
         stream.local = local
         try:
             while not stream.outgoing.empty():
                 stream.send(stream.outgoing.get_nowait())
-            await asyncio.shield(local.ended)
+            while not await local.has_ended(_LOOK_S) and not stream.is_overdue():
+                pass
         finally:
             local.abort()
         return True
@@ -121,14 +132,13 @@ class StageStreams:
     async def _read(self, call: _Call, stream: _Stream) -> None:
         while isinstance(message := await call.read(), stage_pb2.StageResult):
             try:
-                self._take(message, stream)
+                result = result_from_proto(message)
             except ValueError as error:
                 _log.warning("stage stream given up reason=%s", error)
                 return
+            self._take(result, stream)
 
-    def _take(self, message: stage_pb2.StageResult, stream: _Stream) -> None:
-        """Raises ValueError for one that arrived damaged."""
-        result = result_from_proto(message)
+    def _take(self, result: StageResult, stream: _Stream) -> None:
         sent_s = stream.sent_s.pop(result.step_id, None)
         if sent_s is not None:
             self._hooks.on_round_trip(time.monotonic() - sent_s)
@@ -138,3 +148,7 @@ class StageStreams:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._hooks.on_crash(error)
+
+
+def _result(data: bytes) -> StageResult:
+    return result_from_proto(stage_pb2.StageResult.FromString(data))

@@ -1,7 +1,10 @@
 """The stage exchange over a Unix socket: messages come whole and in order, or the connection ends."""
 
 import asyncio
+import contextlib
 import itertools
+import os
+import socket
 import struct
 
 import numpy as np
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from edgellm.runtime.kv.links import MAX_MESSAGE_BYTES
 from edgellm.runtime.kv.types import Attempt, RequestId
+from edgellm.runtime.stages import local
 from edgellm.runtime.stages.local import Frames, connect_locally, serving_locally, socket_name
 from edgellm.runtime.stages.messages import StageSegment, StageStep
 from edgellm.runtime.stages.servicer import ServicerHooks
@@ -24,6 +28,10 @@ STEP = StageStep(
 )  # fmt: skip
 
 
+def ignore(message: object) -> None:
+    pass
+
+
 def framed(message: bytes) -> bytes:
     return struct.pack("<I", len(message)) + message
 
@@ -32,7 +40,7 @@ def framed(message: bytes) -> bytes:
 def test_messages_come_whole_however_they_were_cut(messages, cuts):
     async def run() -> list[bytes]:
         received: list[bytes] = []
-        frames, stream = Frames(received.append), b"".join(map(framed, messages))
+        frames, stream = Frames(bytes, received.append), b"".join(map(framed, messages))
         bounds = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
         for start, end in itertools.pairwise(bounds):
             frames.data_received(stream[start:end])
@@ -71,7 +79,7 @@ def test_what_is_not_a_message_ends_the_connection():
 
 def test_a_source_that_goes_is_told():
     async def test(gone):
-        frames = await connect_locally(ADDRESS, lambda message: None)
+        frames = await connect_locally(ADDRESS, bytes, ignore)
         frames.abort()
         frames.send(b"to nobody")
         await frames.ended
@@ -88,12 +96,80 @@ def test_a_listener_that_goes_is_seen_and_is_not_found_again():
         )
         async with asyncio.timeout(20):
             async with serving_locally(ADDRESS, hooks):
-                frames = await connect_locally(ADDRESS, lambda message: None)
+                frames = await connect_locally(ADDRESS, bytes, ignore)
                 frames.send(step_to_proto(STEP).SerializeToString())
                 await eventually(lambda: arrived)
             await frames.ended
-            assert await connect_locally(ADDRESS, lambda message: None) is None
+            assert await connect_locally(ADDRESS, bytes, ignore) is None
         assert arrived[0].segments == STEP.segments
         assert np.array_equal(arrived[0].hidden, STEP.hidden)
+
+    asyncio.run(run())
+
+
+def test_what_nobody_expected_is_told_and_not_taken_for_damage():
+    def fail(step, source):
+        raise ValueError("a fault of the node")
+
+    async def run() -> list[BaseException]:
+        crashes: list[BaseException] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        hooks = ServicerHooks(on_step=fail, on_gone=ignore, on_crash=crashes.append)
+        async with asyncio.timeout(20), serving_locally(ADDRESS, hooks):
+            frames = await connect_locally(ADDRESS, bytes, ignore)
+            frames.send(step_to_proto(STEP).SerializeToString())
+            await frames.ended
+            await eventually(lambda: crashes)
+        return crashes
+
+    assert [str(crash) for crash in asyncio.run(run())] == ["a fault of the node"]
+
+
+def test_another_users_socket_is_not_used(monkeypatch):
+    async def run() -> None:
+        hooks = ServicerHooks(on_step=lambda step, source: arrived.append(step), on_gone=gone.append, on_crash=ignore)
+        async with asyncio.timeout(20), serving_locally(ADDRESS, hooks):
+            monkeypatch.setattr(local, "_user_of", lambda peer: os.getuid() + 1)
+            assert await connect_locally(ADDRESS, bytes, ignore) is None
+            reader, writer = await asyncio.open_unix_connection(socket_name(ADDRESS))
+            writer.write(framed(step_to_proto(STEP).SerializeToString()))
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            await eventually(lambda: len(gone) == 2)
+            writer.close()
+
+    arrived: list[StageStep] = []
+    gone: list[object] = []
+    asyncio.run(run())
+    assert arrived == []
+
+
+def test_the_user_of_a_connection_is_known():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert local._user_of(ours) == os.getuid()
+
+
+def test_a_name_that_is_taken_leaves_grpc(caplog):
+    async def run() -> None:
+        hooks = ServicerHooks(on_step=ignore, on_gone=ignore, on_crash=ignore)
+        async with serving_locally(ADDRESS, hooks), serving_locally(ADDRESS, hooks):
+            pass
+
+    asyncio.run(run())
+    assert "no local stage streams" in caplog.text
+
+
+def test_a_connection_that_is_only_being_made_can_be_ended():
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            frames = Frames(bytes, ignore)
+            frames.abort()
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: frames, ours)
+            frames.send(b"to nobody")
+            async with asyncio.timeout(20):
+                await frames.ended
+            assert theirs.recv(1) == b""
 
     asyncio.run(run())
