@@ -61,7 +61,7 @@ class Lifecycle:
     def admit_copy(self, attempt: Attempt) -> Admission:
         """Like `admit`, but an older epoch is not dropped: its copies may become the newer one's."""
         live = self.attempts.live(attempt.request_id)
-        if live is None and not self.attempts.is_counted:
+        if live != attempt and not self.attempts.is_counted:
             return "early"
         if not self.attempts.admits(attempt):
             return "stale"

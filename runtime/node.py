@@ -248,6 +248,9 @@ class Node:
         if part.backup:
             self.copy_lost(attempt, part.layers, TransferError("transfer", self.node_id, "its sender has gone"))
             return
+        if not self._attempts.is_counted:
+            self.lifecycle.drop(attempt)
+            return
         self.lifecycle.forget_kv(attempt)
         with self.lifecycle.failing(attempt):
             self._answers.kv_lost(attempt)

@@ -19,8 +19,9 @@ def node_joined(state: ClusterState, event: NodeJoined) -> None:
         give_up_node(state, before, "replaced by a newer process")
     node = state.nodes.add(state.now_s, event.connection, event.profile)
     state.epoch = max(state.epoch, event.highest_epoch)
-    first_epoch = state.config.first_epoch + 1
-    state.out.append(WelcomeNode(connection=node.connection, incarnation=node.incarnation, first_epoch=first_epoch))
+    state.out.append(
+        WelcomeNode(connection=node.connection, incarnation=node.incarnation, first_epoch=state.first_epoch)
+    )
     for attempt in state.nodes.lease_orphans(state.now_s, node):
         state.out.append(ReleaseAttempt(connection=node.connection, attempt=attempt))
     lease_held(state, node, event.held)

@@ -35,8 +35,16 @@ class ClusterState:
         self.out: list[Command] = []
         self.epoch = config.first_epoch
         """The highest that was given, or heard of."""
+        self._first_given: int | None = None
+
+    @property
+    def first_epoch(self) -> int:
+        """Of this orchestrator's attempts; of others before it, as far as is known. A node that had the highest of
+        them may join after the first was given."""
+        return self.epoch + 1 if self._first_given is None else self._first_given
 
     def next_attempt(self, request_id: RequestId) -> AttemptId:
+        self._first_given = self.first_epoch
         self.epoch += 1
         return AttemptId(request_id=request_id, epoch=self.epoch)
 

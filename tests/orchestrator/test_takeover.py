@@ -14,6 +14,7 @@ from edgellm.orchestrator.core.commands import (
     ReleaseAttempt,
     StartDecode,
     StartPrefill,
+    WelcomeNode,
 )
 from edgellm.orchestrator.core.core import Core
 from edgellm.orchestrator.core.events import (
@@ -46,6 +47,8 @@ from edgellm.orchestrator.core.values import (
     SampledToken,
 )
 from edgellm.orchestrator.policies.dual_pool import DualPool
+from edgellm.orchestrator.wire_out import command_to_proto
+from edgellm.runtime.wire import command_from_proto
 from tests.orchestrator.profiles import simulated_config, simulated_profile
 from tests.orchestrator.stories import (
     BACK,
@@ -470,6 +473,21 @@ def test_epochs_lie_above_all_that_nodes_have_heard_of_whatever_the_clock_says()
     cluster.join(D1, highest_epoch=500)
     cluster.passes(2.0, PREFILL, D0, D1)
     assert cluster.request.epoch > 7000
+
+
+def test_nodes_are_told_from_which_epoch_on_attempts_are_this_orchestrators():
+    def welcome(node, **about):
+        [command] = [one for one in cluster.join(node, **about) if isinstance(one, WelcomeNode)]
+        welcome = command_from_proto(command_to_proto(command, heartbeat_interval_s=0.1))
+        return welcome.incarnation, welcome.first_epoch
+
+    cluster, _ = recovered()
+    assert welcome(PREFILL) == (1, 101)
+    assert welcome(D0, highest_epoch=7000) == (1, 7001)
+    assert welcome(D1) == (1, 7001)
+    cluster.passes(2.0, PREFILL, D0, D1)
+    assert cluster.request.epoch == 7001
+    assert welcome(SPARE, highest_epoch=8000) == (1, 7001)
 
 
 def test_after_a_restart_a_request_goes_on_where_its_nodes_are():

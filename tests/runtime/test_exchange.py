@@ -23,7 +23,7 @@ from edgellm.runtime.kv.types import Attempt, KvTarget, NodeId, RequestId, Trans
 from edgellm.runtime.rpc import kv_pb2, kv_pb2_grpc
 from edgellm.runtime.transports.grpc import GrpcOutgoing
 from edgellm.runtime.transports.shm import ShmOutgoing
-from tests.runtime.conftest import CONTRACT, LAYERS, tiny_pool
+from tests.runtime.conftest import CONTRACT, LAYERS, eventually, tiny_pool
 
 PROMPT = 150
 HOST = "here"
@@ -104,6 +104,8 @@ class Receiver:
         self.ledger = BlockLedger(tiny_pool(blocks))
         self.complete: list[Attempt] = []
         self.crashed: list[BaseException] = []
+        self.asked = False
+        """Whether a prompt has come."""
         self.inbox = KvInbox(
             ledger=self.ledger,
             admit=lambda _: True,
@@ -113,10 +115,10 @@ class Receiver:
 
         self.holder = CopyHolder(holdings=Holdings(self.ledger), admit=lambda _: "admitted")
 
-    def servicer(self, max_sessions: int = 8) -> KvExchangeServicer:
+    def servicer(self, max_sessions: int = 8, welcomed=lambda: asyncio.sleep(0)) -> KvExchangeServicer:
         return KvExchangeServicer(
             node_id=NodeId("d"), contract=CONTRACT, inbox=self.inbox, on_crash=self.crashed.append, copies=self.holder,
-            welcomed=lambda: asyncio.sleep(0),
+            welcomed=welcomed,
             config=ExchangeConfig(chunk_bytes=1500, window_bytes=4000, max_sessions=max_sessions),
         )  # fmt: skip
 
@@ -175,6 +177,25 @@ def test_many_transfers_share_a_small_ring_and_small_credit(allow_shm):
 
     exchange(test, receiver.servicer(), allow_shm=allow_shm)
     assert receiver.crashed == []
+
+
+def test_a_prompt_waits_for_the_orchestrator_that_counts_its_blocks():
+    receiver, welcomed = Receiver(), asyncio.Event()
+
+    async def test(sender, address):
+        sender.start(attempt(), address)
+        sender.kv.advance(attempt(), PROMPT)
+        await eventually(lambda: receiver.asked)
+        assert list(receiver.ledger.attempts()) == []
+        welcomed.set()
+        await sender.outcome.wait(attempt())
+        assert receiver.holds(sender.pool, attempt())
+
+    def wait():
+        receiver.asked = True
+        return welcomed.wait()
+
+    exchange(test, receiver.servicer(welcomed=wait))
 
 
 def test_copies_go_to_all_targets():

@@ -274,6 +274,18 @@ def test_rows_after_a_catch_up_step_that_was_lost_are_lost_too():
     assert front.events == [PipelineBroken(peer=NodeId("b"), attempts=(one,))]
 
 
+def test_copies_of_a_newer_attempt_wait_for_the_orchestrator_that_may_have_begun_it():
+    cluster = Cluster(random.Random(0), (3,), "a", [random_prompt(5)])
+    lifecycle = cluster.network.nodes["a"].node.lifecycle
+    held, newer = (Attempt(request_id=RequestId("held"), epoch=epoch) for epoch in (5, 6))
+    other = Attempt(request_id=RequestId("other"), epoch=7)
+    assert lifecycle.admit_copy(held) == "admitted"
+    lifecycle.attempts.orchestrator_lost()
+    assert [lifecycle.admit_copy(one) for one in (held, newer, other)] == ["admitted", "early", "early"]
+    lifecycle.attempts.welcome(first_epoch=7)
+    assert [lifecycle.admit_copy(one) for one in (held, newer, other)] == ["admitted", "stale", "admitted"]
+
+
 cuts = st.sampled_from([((1, 1, 1), "abc"), ((1, 2), "ab"), ((2, 1), "ab"), ((1, 1, 1), "aba"), ((1, 1, 1), "aab"),
                         ((3,), "a")])  # fmt: skip
 
