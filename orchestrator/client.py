@@ -19,13 +19,15 @@ RECONNECT_TIMEOUT_S = 30.0
 """An answer whose stream was lost is asked for again for so long."""
 RECONNECT_PAUSE_S = 0.1
 _CHANNEL_OPTIONS = [
-    *((f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")),
+    *((f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "max")),
+    ("grpc.min_reconnect_backoff_ms", round(1000 * CONNECT_TIMEOUT_S)),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-"""Reconnect soon; and notice within ten seconds that packets vanish on the way."""
+"""Reconnect soon, but wait for a server that is slow to answer (gRPC names that time so); and notice within ten
+seconds that packets vanish on the way."""
 _LOSSES = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,

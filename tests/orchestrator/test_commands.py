@@ -97,13 +97,15 @@ def test_chat_keeps_the_conversation(address, capsys, monkeypatch):
     assert second > first
 
 
-def test_ctrl_c_cancels_without_a_traceback(address):
+@pytest.mark.parametrize("after_s", [0.0, 0.013, 0.05, 0.11])
+def test_ctrl_c_cancels_without_a_traceback(address, after_s):
     # Whoever runs the tests in the background may ignore the signal, and children inherit that.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "edgellm.orchestrator.cli"]
     command += ["generate", "--server", address, "--raw", "--prompt", "hello", "--ignore-eos", "--max-tokens", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
+        time.sleep(after_s)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors.strip()) == (130, b"")
@@ -146,7 +148,6 @@ def test_a_server_that_refuses_connections_is_not_waited_for(capsys, monkeypatch
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(capsys, monkeypatch):
     monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(client, "REFUSED_TIMEOUT_S", 3600.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert cli.main(["status", "--server", f"127.0.0.1:{silent.getsockname()[1]}"]) == 1
     assert "is edgellm-serve running?" in capsys.readouterr().err
