@@ -87,11 +87,13 @@ class _Ending:
 class _NodeProcess:
     process: Process
     refusal: socket.socket
-    """Only the process has the other end, so there is no waiting here once it has ended."""
+    """Does not block: a process that this one has started may have the other end still."""
 
     async def ending(self) -> _Ending:
         code = await self.process.wait()
-        return _Ending(code=code, refusal=self.refusal.recv(LONGEST_REFUSAL).decode(errors="replace"))
+        with contextlib.suppress(BlockingIOError):
+            return _Ending(code=code, refusal=self.refusal.recv(LONGEST_REFUSAL).decode(errors="replace"))
+        return _Ending(code=code, refusal="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,8 @@ class NodeLauncher:
             if not self.has_joined(node.node_id):
                 _give_up(node, ending, starts)
             backoff_s = _next_backoff_s(backoff_s, ran_s=loop.time() - started_s)
-            logger.warning(
-                "node=%s exited code=%d restart_in_s=%.1f %s", node.node_id, ending.code, backoff_s, ending.refusal
-            )
+            why = f" reason={ending.refusal}" if ending.refusal else ""
+            logger.warning("node=%s exited code=%d restart_in_s=%.1f%s", node.node_id, ending.code, backoff_s, why)
             await asyncio.sleep(backoff_s)
 
     async def _run_once(self, node: LocalNode) -> _Ending:
@@ -137,11 +138,12 @@ class NodeLauncher:
             finally:
                 for wait in waits:
                     wait.cancel()
-            return done.pop().result()
+            return max((wait.result() for wait in done), key=lambda ending: bool(ending.refusal))
 
     @contextlib.asynccontextmanager
     async def _process(self, node: LocalNode, options: Iterable[str]) -> AsyncIterator[_NodeProcess]:
         ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         with ours:
             with theirs:
                 command = (*self._command(node), *options, "--refusal-fd", str(theirs.fileno()))
