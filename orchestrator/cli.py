@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("generate", help="answer one prompt")
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="text; `-` reads it from standard input")
+    what.add_argument("--prompt", help="text; `-` reads it from standard input, up to its last newline")
     what.add_argument("--resume", metavar="ID", help="take up the answer to an earlier request")
     command.add_argument(
         "--from-index",

@@ -34,15 +34,19 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     count = integer_from(0, 2**32 - 1)
     command.add_argument("--max-tokens", type=count, default=256, help="0: up to the end of the context (%(default)s)")
     command.add_argument("--temperature", type=float, help="0: greedy, the default")
-    command.add_argument("--top-k", type=count)
-    command.add_argument("--top-p", type=float)
-    command.add_argument("--min-p", type=float)
+    command.add_argument("--top-k", type=count, help="choose among so many of the likeliest tokens; 0: among all")
+    command.add_argument("--top-p", type=float, help="among the likeliest that together have this probability")
+    command.add_argument("--min-p", type=float, help="among those with this share of the likeliest one's probability")
     command.add_argument("--repetition-penalty", type=float)
     command.add_argument("--seed", type=integer_from(0, 2**64 - 1))
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     command.add_argument("--ignore-eos", action="store_true")
-    command.add_argument("--deadline-ms", type=count, default=0)
-    command.add_argument("--allow-degraded-prefill", action="store_true")
+    command.add_argument("--deadline-ms", type=count, default=0, help="give up after so long; 0: never (%(default)s)")
+    command.add_argument(
+        "--allow-degraded-prefill",
+        action="store_true",
+        help="let a decode engine read the prompt if no half-precision engine is left; changes the answer",
+    )
     command.add_argument("--model", default="")
     command.add_argument("--stats", action="store_true", help="print times and how the KV travelled")
 
@@ -60,7 +64,7 @@ def generate(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace, stub: inference_pb2_grpc.InferenceStub) -> AnswerEvents:
     if args.resume is not None:
         return resumed_events(stub, _utf8(args.resume), args.from_index)
-    prompt = _utf8(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    prompt = _utf8(sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt)
     request = _request(args, [("user", prompt)])
     if args.raw:
         request.text = prompt

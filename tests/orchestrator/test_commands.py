@@ -1,6 +1,7 @@
 """The commands as people type them: edgellm, edgellm-serve, edgellm-sim."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -95,6 +96,15 @@ def test_chat_keeps_the_conversation(address, capsys, monkeypatch):
     assert len(prompts) == 2
     first, second = (int(line.split()[1]) for line in prompts)
     assert second > first
+
+
+def test_a_prompt_from_standard_input_ends_before_its_last_newline(address, capsys, monkeypatch):
+    counts = []
+    for text in ("hello", "hello\n", "hello\n\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert cli.main(["generate", "--server", address, "--prompt", "-", "--raw", "--max-tokens", "1", "--json"]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    assert counts[0] == counts[1] < counts[2]
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.013, 0.05, 0.11])
