@@ -105,6 +105,7 @@ async def run_orchestrator(
         async with beside(driver.run_ticks(), _report_health(driver, set_status)):
             yield Orchestrator(driver=driver, address=address)
     finally:
+        await inference.stop()
         await server.stop(STOP_GRACE_S)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from edgellm.runtime.kv.codecs import CodecChoice
 from edgellm.runtime.kv.copying.queue import CopyCodec, CopyConfig
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.loading import is_rank, load_engines
+from edgellm.runtime.logs import start_logging
 from edgellm.runtime.server import NodeServer
 from edgellm.runtime.tensor_parallel.start import serve_rank
 
@@ -22,7 +22,7 @@ from edgellm.runtime.tensor_parallel.start import serve_rank
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a node until it is stopped; 0, or 1 with one line on stderr."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    start_logging(options.log_level.upper())
     try:
         asyncio.run(_serve(_config(options)))
     except NodeError as error:

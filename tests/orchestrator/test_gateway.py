@@ -1,6 +1,7 @@
 """The gateway over real gRPC, on the live core and nodes with toy engines."""
 
 import asyncio
+import contextlib
 import os
 import random
 import threading
@@ -26,6 +27,7 @@ from edgellm.runtime.rpc.inference_pb2 import (
     SamplingParams,
     TokenIds,
 )
+from edgellm.runtime.rpc.inference_pb2_grpc import InferenceStub
 
 LAYERS = 4
 SLOW = DeviceModel(read_token_s=2e-5, step_s=0.05, row_s=0.0, overhead_s=0.0)
@@ -68,6 +70,13 @@ def run(scenario):
 async def code_of(call) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await collect(call)
+    return failure.value
+
+
+async def code_of_reading(call) -> grpc.aio.AioRpcError:
+    """Of a call of which something was read already."""
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await read_all(call)
     return failure.value
 
 
@@ -338,6 +347,21 @@ def test_metrics_count_what_was_served(live_cluster):
             ]
 
     assert run(scenario()) == [3, 3, 30, 1]
+
+
+def test_a_server_that_stops_says_so_on_every_stream(bundle, caplog):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            async with run_orchestrator(bundle, core_config(bundle), DualPool(), "127.0.0.1:0") as orchestrator:
+                channel = await stack.enter_async_context(grpc.aio.insecure_channel(orchestrator.address))
+                calls = [InferenceStub(channel).Generate(request(seed)) for seed in range(2)]
+                for call in calls:
+                    assert (await call.read()).WhichOneof("event") == "accepted"
+            return [await code_of_reading(call) for call in calls]
+
+    for error in run(scenario()):
+        assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "edgellm-serve is stopping")
+    assert caplog.text == ""
 
 
 def test_a_port_in_use_is_said_to_be(bundle):
