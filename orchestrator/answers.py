@@ -142,6 +142,11 @@ class Answers:
         else:
             asyncio.get_running_loop().call_later(keep_s, self.leave, answer, reader, 0.0)
 
+    def end_readers(self) -> None:
+        """As if somebody else had opened a stream of every answer."""
+        for answer in self._answers.values():
+            answer.open()
+
     def _new(self, accepted: Accepted) -> Answer:
         return Answer(accepted, self._make_text(accepted), lambda answer: self._end(answer, "stop"))
 

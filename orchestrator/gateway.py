@@ -19,13 +19,12 @@ from edgellm.orchestrator.journal_writer import RESUMABLE_S
 from edgellm.orchestrator.text import AnswerText
 from edgellm.orchestrator.validation import InvalidRequestError, RequestReader
 from edgellm.runtime.rpc import inference_pb2, inference_pb2_grpc
-from edgellm.runtime.streams import OpenStreams
-from edgellm.runtime.tasks import race
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
 ResumeContext = grpc.aio.ServicerContext[inference_pb2.ResumeRequest, inference_pb2.GenerateResponse]
 AnyContext = grpc.aio.ServicerContext[Any, Any]
 
+STOP_PATIENCE_S = 1.0
 _REJECTIONS = {
     "duplicate": grpc.StatusCode.ALREADY_EXISTS,
     "impossible": grpc.StatusCode.INVALID_ARGUMENT,
@@ -39,13 +38,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._bundle = bundle
         self._reader = reader
         self.answers = Answers(driver, self._new_text)
-        self._streams = OpenStreams()
-        self._stopping = asyncio.Event()
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._is_stopping = False
 
     async def stop(self) -> None:
         """End all streams, each with a word. To be called before the server stops, which cancels them without one."""
-        self._stopping.set()
-        await self._streams.ended()
+        self._is_stopping = True
+        self.answers.end_readers()
+        if self._streams:
+            await asyncio.wait(self._streams, timeout=STOP_PATIENCE_S)
 
     async def Generate(  # type: ignore[override]  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
@@ -79,16 +80,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def _stream(
         self, answer: Answer, reader: int, from_index: int, context: GenerateContext | ResumeContext
     ) -> None:
-        self._streams.enter()
+        self._enter_stream()
         try:
-            await race(_write(answer, reader, from_index, context), self._until_stopping())
+            await context.write(inference_pb2.GenerateResponse(accepted=_accepted(answer.accepted.spec)))
+            async for response in answer.read(reader, from_index):
+                await context.write(response)
         except SupersededError:
+            if self._is_stopping:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "edgellm-serve is stopping")
             await context.abort(grpc.StatusCode.ABORTED, "the answer was resumed on another stream")
-        if self._stopping.is_set():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "edgellm-serve is stopping")
 
-    async def _until_stopping(self) -> None:
-        await self._stopping.wait()
+    def _enter_stream(self) -> None:
+        """The task that handles it is known until it has ended, status and all."""
+        stream = asyncio.current_task()
+        if stream is not None:
+            self._streams.add(stream)
+            stream.add_done_callback(self._streams.discard)
 
     async def Cancel(  # noqa: N802
         self, request: inference_pb2.CancelRequest, context: AnyContext
@@ -132,12 +139,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def _new_text(self, accepted: Accepted) -> AnswerText:
         silent_tokens = self._reader.tokenizer.special_token_ids | frozenset(accepted.spec.generation.stop_token_ids)
         return AnswerText(self._reader.tokenizer.decode, accepted.stop, silent_tokens)
-
-
-async def _write(answer: Answer, reader: int, from_index: int, context: GenerateContext | ResumeContext) -> None:
-    await context.write(inference_pb2.GenerateResponse(accepted=_accepted(answer.accepted.spec)))
-    async for response in answer.read(reader, from_index):
-        await context.write(response)
 
 
 async def _reject(rejection: commands.RejectRequest, context: GenerateContext) -> None:

@@ -25,7 +25,6 @@ from edgellm.orchestrator.journal_writer import JournalWriter
 from edgellm.orchestrator.local_nodes import LocalNode, NodeLauncher, NodeStartError, planned_nodes
 from edgellm.orchestrator.policies import POLICIES
 from edgellm.orchestrator.server import ListenError, Orchestrator, can_serve, core_config, run_orchestrator
-from edgellm.runtime.logs import start_logging
 
 AUTOMATIC = "automatic"
 
@@ -57,7 +56,12 @@ class ServeConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _parse(argv)
-    start_logging(logging.INFO if config.verbose else logging.WARNING)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines tell of every stream that somebody ended
+    logging.basicConfig(
+        level=logging.INFO if config.verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
     try:
         asyncio.run(_serve(config))
     except (BundleError, CoreConfigError, JournalError, ListenError, NodeStartError, ReadyFileError) as error:

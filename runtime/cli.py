@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from edgellm.runtime.kv.codecs import CodecChoice
 from edgellm.runtime.kv.copying.queue import CopyCodec, CopyConfig
 from edgellm.runtime.kv.types import NodeId
 from edgellm.runtime.loading import is_rank, load_engines
-from edgellm.runtime.logs import start_logging
 from edgellm.runtime.server import NodeServer
 from edgellm.runtime.tensor_parallel.start import serve_rank
 
@@ -22,7 +22,8 @@ from edgellm.runtime.tensor_parallel.start import serve_rank
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a node until it is stopped; 0, or 1 with one line on stderr."""
     options = _parser().parse_args(arguments)
-    start_logging(options.log_level.upper())
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines tell of every stream that somebody ended
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         asyncio.run(_serve(_config(options)))
     except NodeError as error:
