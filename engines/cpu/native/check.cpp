@@ -116,7 +116,9 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
       .columns = c.columns,
       .residual = residual.data(),
       .residual_stride = c.columns,
-      .out = {out.data(), c.columns}};
+      .out = {out.data(), c.columns},
+      .panel_bytes = c.channels * kPanelColumns * (is_half ? 2 : 1),
+      .ahead = {}};
   (is_half                    ? kernels.prepare_half
    : c.is_int8_input()        ? kernels.prepare_int8
    : c.form == Form::kInt8x16 ? kernels.prepare_int16
@@ -237,9 +239,11 @@ void check_isa(const std::string& isa) {
 void check_thread_pool() {
   ThreadPool pool(4);
   for (int job = 0; job < 2000; ++job) {
-    const int chunks = job % 9;
+    const int chunks = job % 97;
     std::vector<std::atomic<int>> done(chunks);
-    pool.run(chunks, [&](int, std::int64_t chunk) { done[chunk].fetch_add(1); });
+    pool.run(chunks, [&](int, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t chunk = begin; chunk < end; ++chunk) done[chunk].fetch_add(1);
+    });
     if (!std::all_of(done.begin(), done.end(), [](const std::atomic<int>& count) { return count == 1; })) {
       std::printf("thread pool: job %d lost or repeated a chunk\n", job);
       ++failures;

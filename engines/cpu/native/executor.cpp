@@ -10,9 +10,12 @@ namespace {
 constexpr std::int64_t kMinimumRowWork = 16384;  // floats: less is not worth another thread
 constexpr std::int64_t kChunkPanels = 4;
 constexpr std::int64_t kAttendChunks = 4;             // per thread
-constexpr std::int64_t kMinimumLinearWork = 1 << 17;  // multiply-adds per chunk
+constexpr std::int64_t kLinearChunks = 16;            // per thread
+constexpr std::int64_t kMinimumLinearWork = 1 << 15;  // multiply-adds per chunk
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::int64_t panels_of(const LinearArgs& args) { return ceil_div(args.columns, kPanelColumns); }
 
 template <class T>
 constexpr bool kIsRowOp = false;
@@ -59,6 +62,17 @@ KvLayer Executor::kv_layer(std::int64_t layer) const {
   return {kv_.data + layer * kv_.num_blocks * kv_.block_bytes, kv_.block_bytes, kv_.kv_heads, kv_.head_dim};
 }
 
+void Executor::add(Op op) {
+  if (auto* linear = std::get_if<LinearOp>(&op)) {
+    const auto index = static_cast<std::int64_t>(ops_.size());
+    if (first_linear_ < 0) first_linear_ = index;
+    if (last_linear_ >= 0) std::get<LinearOp>(ops_[last_linear_]).next = index;
+    linear->next = first_linear_;
+    last_linear_ = index;
+  }
+  ops_.push_back(op);
+}
+
 std::int64_t Executor::run(const BatchView& batch, std::int64_t begin, std::int64_t end) {
   if (begin == 0) {
     place(batch);
@@ -88,11 +102,12 @@ void Executor::place(const BatchView& batch) {
   }
 }
 
-// body(thread, begin, end) over [0, units) in chunks of `chunk`.
+// body(thread, begin, end) over [0, units) in multiples of `chunk`.
 template <class Body>
 void Executor::split(std::int64_t units, std::int64_t chunk, const Body& body) {
-  threads_.run(ceil_div(units, chunk), [&](int thread, std::int64_t index) {
-    body(thread, index * chunk, std::min(units, (index + 1) * chunk));
+  chunk = std::max(chunk, ceil_div(units, ThreadPool::kMostChunks));
+  threads_.run(ceil_div(units, chunk), [&](int thread, std::int64_t begin, std::int64_t end) {
+    body(thread, begin * chunk, std::min(units, end * chunk));
   });
 }
 
@@ -125,15 +140,35 @@ void Executor::run_row_ops(std::int64_t begin, std::int64_t end) {
   });
 }
 
-void Executor::run_op(const LinearOp& op, const BatchView&) {
-  LinearArgs args = op.args;
-  args.rows = rows_;
-  const std::int64_t panels = ceil_div(args.columns, kPanelColumns);
+// Panels, of which there are whole tiles.
+std::int64_t Executor::linear_chunk(const LinearArgs& args) const {
   const std::int64_t panel_work = std::max<std::int64_t>(1, rows_ * args.channels * kPanelColumns);
   const std::int64_t by_work = ceil_div(kMinimumLinearWork, panel_work);
-  const std::int64_t by_threads = ceil_div(panels, threads_.threads() * 8);
-  const std::int64_t chunk = ceil_div(std::max(by_work, by_threads), kChunkPanels) * kChunkPanels;
-  split(panels, chunk, [&](int, std::int64_t begin, std::int64_t end) { op.kernel(args, begin, end); });
+  const std::int64_t by_threads = ceil_div(panels_of(args), threads_.threads() * kLinearChunks);
+  return ceil_div(std::max(by_work, by_threads), kChunkPanels) * kChunkPanels;
+}
+
+// What a thread reads after the panels before `panel`: the next ones of its share, or the first of its share of the
+// next linear.
+PanelMemory Executor::ahead_of(const LinearOp& op, int thread, std::int64_t panel) const {
+  const auto share_begin = [&](const LinearArgs& args, int of) {
+    const std::int64_t chunk = linear_chunk(args);
+    return threads_.share_begin(ceil_div(panels_of(args), chunk), of) * chunk;
+  };
+  if (share_begin(op.args, thread) < panel && panel < share_begin(op.args, thread + 1)) {
+    return panel_memory(op.args, panel);
+  }
+  const LinearArgs& next = std::get<LinearOp>(ops_[op.next]).args;
+  return panel_memory(next, share_begin(next, thread));
+}
+
+void Executor::run_op(const LinearOp& op, const BatchView&) {
+  split(panels_of(op.args), linear_chunk(op.args), [&](int thread, std::int64_t begin, std::int64_t end) {
+    LinearArgs args = op.args;
+    args.rows = rows_;
+    args.ahead = ahead_of(op, thread, end);
+    op.kernel(args, begin, end);
+  });
 }
 
 void Executor::run_op(const StoreKvOp& op, const BatchView&) {
@@ -148,8 +183,8 @@ void Executor::run_op(const AttendOp& op, const BatchView&) {
   AttendArgs args = op.args;
   args.pieces = attention_.pieces().data();
   args.split = attention_.split().data();
-  const auto run = [&](AttendKernel kernel, std::size_t count, std::int64_t chunk) {
-    split(static_cast<std::int64_t>(count) * args.kv.kv_heads, chunk,
+  const auto run = [&](AttendKernel kernel, std::int64_t count, std::int64_t chunk) {
+    split(count * args.kv.kv_heads, chunk,
           [&](int thread, std::int64_t begin, std::int64_t end) { kernel(args, begin, end, scratch_[thread].get()); });
   };
   const auto pieces = static_cast<std::int64_t>(attention_.pieces().size());
@@ -157,7 +192,10 @@ void Executor::run_op(const AttendOp& op, const BatchView&) {
   const std::int64_t chunks = threads_.threads() * kAttendChunks;
   const std::int64_t together = pieces / chunks;
   run(op.kernel, pieces, together > 0 ? together * args.kv.kv_heads : ceil_div(pieces * args.kv.kv_heads, chunks));
-  run(op.merge, attention_.split().size(), 1);
+  if (const auto tasks = static_cast<std::int64_t>(attention_.split().size()); tasks > 0) {
+    const std::int64_t head_work = ceil_div(pieces, tasks) * args.num_heads / args.kv.kv_heads * args.kv.head_dim;
+    run(op.merge, tasks, std::max<std::int64_t>(1, kMinimumRowWork / head_work));
+  }
 }
 
 void Executor::run_op(const SelectOp& op, const BatchView& batch) {

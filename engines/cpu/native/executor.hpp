@@ -53,6 +53,7 @@ struct EmbedOp {
 struct LinearOp {
   Kernel<LinearArgs> kernel;
   LinearArgs args;
+  std::int64_t next = 0;  // the op of the linear after it, or of the next step's first; the executor's business
 };
 struct StoreKvOp {
   Kernel<StoreKvArgs> kernel;
@@ -77,7 +78,7 @@ class Executor {
 
   const KernelTable& kernels() const { return kernels_; }
   KvLayer kv_layer(std::int64_t layer) const;
-  void add(Op op) { ops_.push_back(op); }
+  void add(Op op);
   std::int64_t size() const { return static_cast<std::int64_t>(ops_.size()); }
 
   // Runs ops [begin, end) in order: a step is all of them, in one call or in several, each from where the last ended.
@@ -90,6 +91,8 @@ class Executor {
   void split(std::int64_t units, std::int64_t chunk, const Body& body);
   std::int64_t row_ops_end(std::int64_t begin, std::int64_t end) const;
   void run_row_ops(std::int64_t begin, std::int64_t end);
+  std::int64_t linear_chunk(const LinearArgs& args) const;
+  PanelMemory ahead_of(const LinearOp& op, int thread, std::int64_t panel) const;
 
   void run_op(const InputOp& op, const BatchView& batch);
   void run_op(const EmbedOp& op, const BatchView& batch);
@@ -104,6 +107,7 @@ class Executor {
   KvMemory kv_;
   ThreadPool threads_;
   std::vector<Op> ops_;
+  std::int64_t first_linear_ = -1, last_linear_ = -1;
 
   // Of the current step:
   std::int64_t rows_ = 0;

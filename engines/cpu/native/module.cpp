@@ -91,8 +91,10 @@ class Native {
         .columns = columns,
         .residual = added.data,
         .residual_stride = added.stride,
-        .out = rows(out)};
-    executor_.add(LinearOp{linear_kernel(form), args});
+        .out = rows(out),
+        .panel_bytes = padded_channels * kPanelColumns * weight_bits(form) / 8,
+        .ahead = {}};
+    executor_.add(LinearOp{.kernel = linear_kernel(form), .args = args});
   }
 
   void store_kv(const std::string& dtype, std::int64_t layer, RowsAt q, RowsAt k, RowsAt v, std::int64_t num_heads,
@@ -178,6 +180,11 @@ class Native {
     if (form == "int4") return k.linear_int4;
     if (form == "int4_float") return k.linear_int4_float;
     throw nb::value_error(("unknown form of linear: " + form).c_str());
+  }
+
+  static std::int64_t weight_bits(const std::string& form) {
+    if (form == "half") return 16;
+    return form == "int8" || form == "int8x16" ? 8 : 4;
   }
 
   Bytes arena_;

@@ -33,7 +33,7 @@ bool spin(const Ready& ready) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : shares_(threads) {
   workers_.reserve(threads - 1);
   for (int thread = 1; thread < threads; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
@@ -54,26 +54,48 @@ void ThreadPool::run_shared(std::uint32_t chunks, Call call, const void* context
   context_.store(context, std::memory_order_relaxed);
   unfinished_.store(chunks, std::memory_order_relaxed);
   const std::uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
-  ticket_.store(static_cast<std::uint64_t>(generation) << 32 | chunks, std::memory_order_release);
+  for (int thread = 0; thread < threads(); ++thread) {
+    const auto begin = static_cast<std::uint64_t>(share_begin(chunks, thread));
+    const auto end = static_cast<std::uint64_t>(share_begin(chunks, thread + 1));
+    shares_[thread].ticket.store(std::uint64_t{generation} << 32 | begin << 16 | end, std::memory_order_release);
+  }
   generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
   claim_all(0);
   wait_until_finished();
 }
 
+// Its own share first, then what is left of the others'.
 void ThreadPool::claim_all(int thread) {
-  std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  while (static_cast<std::uint32_t>(ticket) != 0) {
+  std::uint32_t done = 0;
+  for (int i = 0; i < threads(); ++i) {
+    Share& share = shares_[(thread + i) % threads()];
+    while (const std::uint32_t chunks = claim_from(share, thread, i == 0)) done += chunks;
+  }
+  if (done > 0 && unfinished_.fetch_sub(done, std::memory_order_acq_rel) == done) {
+    unfinished_.notify_one();
+  }
+}
+
+// Claims and runs half of what is left of a share: its owner from the front, others from the back. Returns the number
+// of chunks.
+std::uint32_t ThreadPool::claim_from(Share& share, int thread, bool is_own) {
+  std::uint64_t ticket = share.ticket.load(std::memory_order_acquire);
+  for (;;) {
+    const std::uint64_t begin = ticket >> 16 & kMostChunks;
+    const std::uint64_t end = ticket & kMostChunks;
+    if (begin >= end) {
+      return 0;
+    }
+    const std::uint64_t count = (end - begin + 1) / 2;
     const Call call = call_.load(std::memory_order_relaxed);
     const void* context = context_.load(std::memory_order_relaxed);
-    if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-      continue;
+    const std::uint64_t rest = is_own ? ticket + (count << 16) : ticket - count;
+    if (share.ticket.compare_exchange_weak(ticket, rest, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      const auto first = static_cast<std::int64_t>(is_own ? begin : end - count);
+      call(context, thread, first, first + static_cast<std::int64_t>(count));
+      return static_cast<std::uint32_t>(count);
     }
-    call(context, thread, static_cast<std::uint32_t>(ticket) - 1);
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      unfinished_.notify_one();
-    }
-    ticket = ticket_.load(std::memory_order_acquire);
   }
 }
 

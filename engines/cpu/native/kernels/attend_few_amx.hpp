@@ -4,6 +4,7 @@
 #pragma once
 
 #include "amx_block.hpp"
+#include "ask.hpp"
 #include "attend_few_softmax.hpp"
 
 namespace edgellm::EDGELLM_ISA {
@@ -106,10 +107,28 @@ class FewKernel {
     return stored_key(segment, token) + kBlockTokens * stride_;
   }
 
-  // Part of a step's memory: `channels` of tokens [begin, end).
-  void ask(const std::uint16_t* data, int begin, int end, std::int64_t channels) const {
-    for (int t = begin; t < end; ++t) {
-      for (std::int64_t i = 0; i < channels; i += 32) __builtin_prefetch(data + t * stride_ + i, 0, 2);
+  // A step's memory is asked for in two halves, one while keys or values are converted, in eight parts, and one beside
+  // the tile products.
+  template <int kTokens>
+  EDGELLM_ASKS void ask_part(const std::uint16_t* data, int part, std::int64_t channels) const {
+    constexpr int parts = 64 / kTokens;  // of four tokens
+    const std::int64_t lines = channels / 32;
+    const auto line = [&](int i) { return lines * i / parts * 32; };
+    ask_four<kTokens>(data, part / parts, line(part % parts), line(part % parts + 1));
+  }
+  template <int kTokens>
+  EDGELLM_ASKS void ask_rest(const std::uint16_t* data, std::int64_t channels) const {
+    for (int i = kTokens / 8; i < kTokens / 4; ++i) ask_four<kTokens>(data, i, 0, channels);
+  }
+  // Channels [begin, end) of four tokens, line by line in turn: a core reads more from several places at once. Where
+  // tokens are so short that all lie in a page or two, they are neighbours.
+  template <int kTokens>
+  EDGELLM_ASKS void ask_four(const std::uint16_t* data, int four, std::int64_t begin, std::int64_t end) const {
+    const bool are_long = stride_ >= 256;
+    const std::int64_t apart = (are_long ? kTokens / 4 : 1) * stride_;
+    const std::uint16_t* from = data + (are_long ? four : 4 * four) * stride_;
+    for (std::int64_t i = begin; i < end; i += 32) {
+      for (int t = 0; t < 4; ++t) ask_line(from + t * apart + i);
     }
   }
 
@@ -120,11 +139,11 @@ class FewKernel {
     convert_keys_16(stored_key(segment, token), next);
     int h = 0;
     for (; h + 4 <= heads_; h += 4) {
-      ask(next + h * depth_, kTileHeight / 2, kTileHeight, 4 * depth_);
+      ask_rest<kTileHeight>(next + h * depth_, 4 * depth_);
       score_four(h, token);
     }
     for (; h < heads_; ++h) {
-      ask(next + h * depth_, kTileHeight / 2, kTileHeight, depth_);
+      ask_rest<kTileHeight>(next + h * depth_, depth_);
       score_one(h, token);
     }
   }
@@ -134,7 +153,7 @@ class FewKernel {
     const std::int64_t width = heads_ * depth_;
     Bf16* out = keys_;
     for (int t = 0; t < kTileHeight; ++t, out += width) {
-      if (t < kTileHeight / 2) ask(next, t, t + 1, width);
+      if (t < 8) ask_part<kTileHeight>(next, t, width);
       const std::uint16_t* from = keys + t * stride_;
       for (std::int64_t i = 0; i < width; i += 32) {
         _mm512_storeu_si512(out + i, to_bf16(load_f16(from + i), load_f16(from + i + kLanes)));
@@ -184,7 +203,7 @@ class FewKernel {
                                                : stored_value(segment, token + kBlockTokens);
       convert_values_32(block + h * depth_, tokens, (end - h) * depth_, next);
       for (int i = h; i < end; ++i) {
-        ask(next + (i - h) * depth_, kBlockTokens / 2, kBlockTokens, depth_);
+        ask_rest<kBlockTokens>(next + (i - h) * depth_, depth_);
         weigh_one(i, token, values_ + (i - h) * depth_ * kBlockTokens);
       }
     }
@@ -193,7 +212,7 @@ class FewKernel {
   // values_ [channels / 16]: tiles of [16 token pairs][16 channels][2]; zero after the last token.
   void convert_values_32(const std::uint16_t* values, int tokens, std::int64_t channels, const std::uint16_t* next) {
     for (int t = 0; t < kBlockTokens; t += 2) {
-      if (t < kBlockTokens / 2) ask(next, t, t + 2, channels);
+      if (t < 16) ask_part<kBlockTokens>(next, t / 2, channels);
       const std::uint16_t* even = values + t * stride_;
       const std::uint16_t* odd = even + stride_;
       Bf16* out = values_ + t * 16;

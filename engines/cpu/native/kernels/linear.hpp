@@ -6,6 +6,13 @@
 
 namespace edgellm {
 
+// Where panels begin in the memory of a linear's weights.
+struct PanelMemory {
+  const std::uint8_t* weight;
+  const std::uint8_t* outlier_weight;
+  const std::uint16_t* group_scale;
+};
+
 // Unit: panel. out[m, n] = x[m] . w[n] (+ outliers) (+ bias[n]) (+ residual[m, n]).
 struct LinearArgs {
   Records x;
@@ -21,7 +28,16 @@ struct LinearArgs {
   const float* residual;  // [rows, columns] or null
   std::int64_t residual_stride;
   Rows out;
+  std::int64_t panel_bytes = 0;  // of `weight`
+  PanelMemory ahead = {};        // of what the thread will read after the panels: asked for, where rows are few
 };
+
+inline PanelMemory panel_memory(const LinearArgs& args, std::int64_t panel) {
+  const std::int64_t groups = args.group_scale != nullptr ? args.channels / args.group_size : 0;
+  return {args.weight + panel * args.panel_bytes,
+          args.outlier_weight + panel * args.outliers * kPanelColumns * std::int64_t{sizeof(std::uint16_t)},
+          args.group_scale + panel * groups * kPanelColumns};
+}
 
 }  // namespace edgellm
 

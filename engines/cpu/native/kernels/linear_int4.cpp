@@ -21,8 +21,9 @@ struct Int4Tile {
     for (auto& sums : total) {
       for (F32& sum : sums) sum = zero();
     }
+    const Asking<Rows, Panels> asking(args, panel_weight(args, panel));
     for (std::int64_t group = 0; group < args.channels / args.group_size; ++group) {
-      add_group(args, row, panel, group, total);
+      add_group(args, row, panel, group, asking, total);
     }
     for (int r = 0; r < Rows; ++r) {
       const F32 scale = set1(*record_at<float>(args, row + r, args.x.scale_at));
@@ -32,7 +33,8 @@ struct Int4Tile {
 
   template <int Rows, int Panels>
   static void add_group(const LinearArgs& args, std::int64_t row, std::int64_t panel, std::int64_t group,
-                        F32 (&total)[Rows][Panels]) {
+                        const Asking<Rows, Panels>& asking, F32 (&total)[Rows][Panels]) {
+    asking.group(group);
     const std::int8_t* x[Rows];
     I32 sum[Rows][Panels];
     for (int r = 0; r < Rows; ++r) {
@@ -42,7 +44,9 @@ struct Int4Tile {
     }
     for (std::int64_t k = group * args.group_size; k < (group + 1) * args.group_size; k += 8) {
       for (int p = 0; p < Panels; ++p) {
-        const Int4Line line = load_int4_line(panel_weight(args, panel + p) + k / 8 * kLineBytes);
+        const std::uint8_t* weight = panel_weight(args, panel + p) + k / 8 * kLineBytes;
+        asking.line(weight);
+        const Int4Line line = load_int4_line(weight);
         for (int r = 0; r < Rows; ++r) sum[r][p] = dot_int4(sum[r][p], line, x[r] + k);
       }
     }

@@ -16,9 +16,12 @@ struct Int8Tile {
       x[r] = record_at<std::int8_t>(args, row + r, 0);
       for (int p = 0; p < Panels; ++p) sum[r][p] = set1_i32(0);
     }
+    const Asking<Rows, Panels> asking(args, weight);
     for (std::int64_t k = 0; k < args.channels; k += 4) {
       for (int p = 0; p < Panels; ++p) {
-        const Int8Line line = load_int8_line(weight + p * panel_bytes + k / 4 * kLineBytes);
+        const std::uint8_t* line_at = weight + p * panel_bytes + k / 4 * kLineBytes;
+        asking.line(line_at);
+        const Int8Line line = load_int8_line(line_at);
         for (int r = 0; r < Rows; ++r) sum[r][p] = dot_int8(sum[r][p], line, x[r] + k);
       }
     }
@@ -53,9 +56,12 @@ struct Int8x16Tile {
       x[r] = record_at<std::int8_t>(args, row + r, 0);
       for (int p = 0; p < Panels; ++p) high[r][p] = low[r][p] = set1_i32(0);
     }
+    const Asking<Rows, Panels> asking(args, weight);
     for (std::int64_t k = 0; k < args.channels; k += 4) {
       for (int p = 0; p < Panels; ++p) {
-        const Int8Line line = load_int8_line(weight + p * panel_bytes + k / 4 * kLineBytes);
+        const std::uint8_t* line_at = weight + p * panel_bytes + k / 4 * kLineBytes;
+        asking.line(line_at);
+        const Int8Line line = load_int8_line(line_at);
         for (int r = 0; r < Rows; ++r) {
           high[r][p] = dot_int8(high[r][p], line, x[r] + k);
           low[r][p] = dot_int8(low[r][p], line, x[r] + args.channels + k);

@@ -13,6 +13,7 @@ inline constexpr int kInt4Offset = 8;
 inline constexpr int kInt8Offset = 128;
 inline constexpr int kTileRows = 4;
 inline constexpr int kTilePanels = 4;
+inline constexpr int kRowPanels = 8;  // of a single row
 
 struct F32 {
   __m512 v;

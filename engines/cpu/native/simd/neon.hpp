@@ -13,6 +13,7 @@ inline constexpr int kInt4Offset = 0;
 inline constexpr int kInt8Offset = 0;
 inline constexpr int kTileRows = 4;
 inline constexpr int kTilePanels = 1;
+inline constexpr int kRowPanels = 4;  // of a single row
 
 struct F32 {
   float32x4_t v[4];
