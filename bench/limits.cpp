@@ -164,6 +164,17 @@ constexpr double kInt8PerRound = 0;
 #endif
 #endif
 
+// Cores ask for more at once where they read in several pages: a third to a half more than from one place.
+constexpr int kPlaces = 16;
+constexpr int64_t kVisitBytes = 512;
+
+void read_places(const char* data, int64_t bytes) {
+  const int64_t part = bytes / kPlaces;
+  for (int64_t at = 0; at < part; at += kVisitBytes)
+    for (int place = 0; place < kPlaces; ++place)
+      read_lines(data + place * part + at, data + place * part + at + kVisitBytes);
+}
+
 template <class Work>
 double giga_operations_per_s(int threads, double per_round, Work work) {
   if (per_round == 0) return 0;
@@ -177,9 +188,8 @@ extern "C" {
 
 // data [bytes], 64-byte aligned: each thread reads its own share once. GB/s.
 double read_gb_per_s(const char* data, int64_t bytes, int threads) {
-  const int64_t share = bytes / threads / 4096 * 4096;
-  const double seconds =
-      run_on(threads, [&](int thread) { read_lines(data + thread * share, data + (thread + 1) * share); });
+  const int64_t share = bytes / threads / (kPlaces * kVisitBytes) * (kPlaces * kVisitBytes);
+  const double seconds = run_on(threads, [&](int thread) { read_places(data + thread * share, share); });
   return threads * share / seconds / 1e9;
 }
 
