@@ -102,23 +102,25 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
   const Floats residual = random_floats(c.rows * c.columns, 8);
   Floats out(c.rows * c.columns);
   const bool is_half = c.form == Form::kHalf;
-  const LinearArgs args{
-      .x = prepared,
-      .rows = c.rows,
-      .weight = is_half ? reinterpret_cast<const std::uint8_t*>(weight_halves.data()) : weight_bytes.data(),
-      .group_scale = group_scale.data(),
-      .column_scale = column_scale.data(),
-      .outlier_weight = reinterpret_cast<const std::uint8_t*>(outlier_weight.data()),
-      .bias = bias.data(),
-      .channels = c.channels,
-      .group_size = c.group(),
-      .outliers = c.outliers,
-      .columns = c.columns,
-      .residual = residual.data(),
-      .residual_stride = c.columns,
-      .out = {out.data(), c.columns},
-      .panel_bytes = c.channels * kPanelColumns * (is_half ? 2 : 1),
-      .ahead = {}};
+  LinearArgs args{.x = prepared,
+                  .rows = c.rows,
+                  .weight = is_half ? reinterpret_cast<const std::uint8_t*>(weight_halves.data()) : weight_bytes.data(),
+                  .group_scale = group_scale.data(),
+                  .column_scale = column_scale.data(),
+                  .outlier_weight = reinterpret_cast<const std::uint8_t*>(outlier_weight.data()),
+                  .bias = bias.data(),
+                  .channels = c.channels,
+                  .group_size = c.group(),
+                  .outliers = c.outliers,
+                  .columns = c.columns,
+                  .residual = residual.data(),
+                  .residual_stride = c.columns,
+                  .out = {out.data(), c.columns},
+                  .panel_bytes = panel_bytes(c.channels, is_half       ? 16
+                                                         : c.is_int4() ? 4
+                                                                       : 8),
+                  .ahead = {}};
+  args.ahead = panel_memory(args, 0);
   (is_half                    ? kernels.prepare_half
    : c.is_int8_input()        ? kernels.prepare_int8
    : c.form == Form::kInt8x16 ? kernels.prepare_int16
@@ -217,7 +219,7 @@ void check_isa(const std::string& isa) {
   }
   for (const Form form : {Form::kHalf, Form::kInt8, Form::kInt8x16, Form::kInt4, Form::kInt4Float}) {
     for (const std::int64_t rows : {1, 2, 3, 5, 9, 16, 17, 35}) {
-      const LinearCase c{form, rows, 70, 64};
+      const LinearCase c{form, rows, 230, 64};
       compare(isa + " linear " + std::to_string(static_cast<int>(form)) + " rows " + std::to_string(rows),
               run_linear(kernels, c), run_linear(twins, c));
     }
@@ -236,8 +238,8 @@ void check_isa(const std::string& isa) {
 }
 
 // Every chunk of every job exactly once.
-void check_thread_pool() {
-  ThreadPool pool(4);
+void check_thread_pool(int threads) {
+  ThreadPool pool(threads);
   for (int job = 0; job < 2000; ++job) {
     const int chunks = job % 97;
     std::vector<std::atomic<int>> done(chunks);
@@ -245,7 +247,7 @@ void check_thread_pool() {
       for (std::int64_t chunk = begin; chunk < end; ++chunk) done[chunk].fetch_add(1);
     });
     if (!std::all_of(done.begin(), done.end(), [](const std::atomic<int>& count) { return count == 1; })) {
-      std::printf("thread pool: job %d lost or repeated a chunk\n", job);
+      std::printf("thread pool of %d: job %d lost or repeated a chunk\n", threads, job);
       ++failures;
     }
   }
@@ -255,7 +257,7 @@ void check_thread_pool() {
 }  // namespace edgellm
 
 int main() {
-  edgellm::check_thread_pool();
+  for (const int threads : {1, 2, 4, 16}) edgellm::check_thread_pool(threads);
   for (const std::string& isa : edgellm::available_isas()) {
     edgellm::check_isa(isa);
     std::printf("%s checked\n", isa.c_str());

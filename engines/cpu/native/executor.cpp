@@ -140,7 +140,7 @@ void Executor::run_row_ops(std::int64_t begin, std::int64_t end) {
   });
 }
 
-// Panels, of which there are whole tiles.
+// How many panels a chunk has.
 std::int64_t Executor::linear_chunk(const LinearArgs& args) const {
   const std::int64_t panel_work = std::max<std::int64_t>(1, rows_ * args.channels * kPanelColumns);
   const std::int64_t by_work = ceil_div(kMinimumLinearWork, panel_work);
@@ -153,7 +153,7 @@ std::int64_t Executor::linear_chunk(const LinearArgs& args) const {
 PanelMemory Executor::ahead_of(const LinearOp& op, int thread, std::int64_t panel) const {
   const auto share_begin = [&](const LinearArgs& args, int of) {
     const std::int64_t chunk = linear_chunk(args);
-    return threads_.share_begin(ceil_div(panels_of(args), chunk), of) * chunk;
+    return std::min(panels_of(args), threads_.share_begin(ceil_div(panels_of(args), chunk), of) * chunk);
   };
   if (share_begin(op.args, thread) < panel && panel < share_begin(op.args, thread + 1)) {
     return panel_memory(op.args, panel);
@@ -193,6 +193,7 @@ void Executor::run_op(const AttendOp& op, const BatchView&) {
   const std::int64_t together = pieces / chunks;
   run(op.kernel, pieces, together > 0 ? together * args.kv.kv_heads : ceil_div(pieces * args.kv.kv_heads, chunks));
   if (const auto tasks = static_cast<std::int64_t>(attention_.split().size()); tasks > 0) {
+    // About: pieces that are no segments count too.
     const std::int64_t head_work = ceil_div(pieces, tasks) * args.num_heads / args.kv.kv_heads * args.kv.head_dim;
     run(op.merge, tasks, std::max<std::int64_t>(1, kMinimumRowWork / head_work));
   }

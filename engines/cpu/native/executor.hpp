@@ -53,7 +53,7 @@ struct EmbedOp {
 struct LinearOp {
   Kernel<LinearArgs> kernel;
   LinearArgs args;
-  std::int64_t next = 0;  // the op of the linear after it, or of the next step's first; the executor's business
+  std::int64_t next = 0;  // set by Executor::add: the linear after it, or the next step's first; index of its op
 };
 struct StoreKvOp {
   Kernel<StoreKvArgs> kernel;

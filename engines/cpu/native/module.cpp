@@ -92,7 +92,7 @@ class Native {
         .residual = added.data,
         .residual_stride = added.stride,
         .out = rows(out),
-        .panel_bytes = padded_channels * kPanelColumns * weight_bits(form) / 8,
+        .panel_bytes = edgellm::panel_bytes(padded_channels, weight_bits(form)),
         .ahead = {}};
     executor_.add(LinearOp{.kernel = linear_kernel(form), .args = args});
   }
@@ -182,7 +182,7 @@ class Native {
     throw nb::value_error(("unknown form of linear: " + form).c_str());
   }
 
-  static std::int64_t weight_bits(const std::string& form) {
+  static int weight_bits(const std::string& form) {
     if (form == "half") return 16;
     return form == "int8" || form == "int8x16" ? 8 : 4;
   }

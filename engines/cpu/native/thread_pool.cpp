@@ -68,11 +68,18 @@ void ThreadPool::run_shared(std::uint32_t chunks, Call call, const void* context
 // Its own share first, then what is left of the others'.
 void ThreadPool::claim_all(int thread) {
   std::uint32_t done = 0;
-  for (int i = 0; i < threads(); ++i) {
+  while (const std::uint32_t chunks = claim_from(shares_[thread], thread, true)) done += chunks;
+  finish(done);
+  done = 0;
+  for (int i = 1; i < threads(); ++i) {
     Share& share = shares_[(thread + i) % threads()];
-    while (const std::uint32_t chunks = claim_from(share, thread, i == 0)) done += chunks;
+    while (const std::uint32_t chunks = claim_from(share, thread, false)) done += chunks;
   }
-  if (done > 0 && unfinished_.fetch_sub(done, std::memory_order_acq_rel) == done) {
+  finish(done);
+}
+
+void ThreadPool::finish(std::uint32_t chunks) {
+  if (chunks > 0 && unfinished_.fetch_sub(chunks, std::memory_order_acq_rel) == chunks) {
     unfinished_.notify_one();
   }
 }

@@ -22,9 +22,10 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(shares_.size()); }
 
-  // body(thread, begin, end) for ranges that hold every chunk of [0, chunks) once; thread is in [0, threads()).
+  // body(thread, begin, end) for ranges that hold every chunk of [0, chunks) once; thread is in [0, threads()), chunks
+  // at most kMostChunks.
   template <class Body>
   void run(std::int64_t chunks, const Body& body) {
     if (chunks <= 1 || workers_.empty()) {
@@ -37,8 +38,10 @@ class ThreadPool {
     run_shared(static_cast<std::uint32_t>(chunks), call, &body);
   }
 
-  // The first chunk of `thread`'s share of a job, and with threads() the last one's end.
-  std::int64_t share_begin(std::int64_t chunks, std::int64_t thread) const { return chunks * thread / threads(); }
+  // The first chunk of `thread`'s share of a job, and with threads() the last one's end. The caller's is the largest.
+  std::int64_t share_begin(std::int64_t chunks, std::int64_t thread) const {
+    return (chunks * thread + threads() - 1) / threads();
+  }
 
  private:
   using Call = void (*)(const void* context, int thread, std::int64_t begin, std::int64_t end);
@@ -54,6 +57,7 @@ class ThreadPool {
   void work(int thread);
   void claim_all(int thread);
   std::uint32_t claim_from(Share& share, int thread, bool is_own);
+  void finish(std::uint32_t chunks);
   void wait_for_job(std::uint32_t seen) const;
   void wait_until_finished() const;
 

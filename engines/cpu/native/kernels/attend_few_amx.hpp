@@ -114,22 +114,11 @@ class FewKernel {
     constexpr int parts = 64 / kTokens;  // of four tokens
     const std::int64_t lines = channels / 32;
     const auto line = [&](int i) { return lines * i / parts * 32; };
-    ask_four<kTokens>(data, part / parts, line(part % parts), line(part % parts + 1));
+    ask_four<kTokens>(data, stride_, part / parts, line(part % parts), line(part % parts + 1));
   }
   template <int kTokens>
   EDGELLM_ASKS void ask_rest(const std::uint16_t* data, std::int64_t channels) const {
-    for (int i = kTokens / 8; i < kTokens / 4; ++i) ask_four<kTokens>(data, i, 0, channels);
-  }
-  // Channels [begin, end) of four tokens, line by line in turn: a core reads more from several places at once. Where
-  // tokens are so short that all lie in a page or two, they are neighbours.
-  template <int kTokens>
-  EDGELLM_ASKS void ask_four(const std::uint16_t* data, int four, std::int64_t begin, std::int64_t end) const {
-    const bool are_long = stride_ >= 256;
-    const std::int64_t apart = (are_long ? kTokens / 4 : 1) * stride_;
-    const std::uint16_t* from = data + (are_long ? four : 4 * four) * stride_;
-    for (std::int64_t i = begin; i < end; i += 32) {
-      for (int t = 0; t < 4; ++t) ask_line(from + t * apart + i);
-    }
+    for (int i = kTokens / 8; i < kTokens / 4; ++i) ask_four<kTokens>(data, stride_, i, 0, channels);
   }
 
   // Scores of sixteen tokens. Those of tokens that do not exist are anything.

@@ -115,11 +115,9 @@ class FewInt8Kernel {
 
   // The share of a block's keys, or values, that falls to `count` heads from `head` on.
   EDGELLM_ASKS void ask(const Value* block, int head, int count) const {
-    const std::int64_t width = heads_ * depth_;
-    const int end = (head + count) * kBlockTokens / heads_;
-    for (int t = head * kBlockTokens / heads_; t < end; ++t) {
-      for (std::int64_t i = 0; i < width; i += kTileChannels) ask_line(block + t * stride_ + i);
-    }
+    constexpr int fours = kBlockTokens / 4;
+    const int end = (head + count) * fours / heads_;
+    for (int i = head * fours / heads_; i < end; ++i) ask_four<kBlockTokens>(block, stride_, i, 0, heads_ * depth_);
   }
 
   // Scores of a block. Those of tokens that do not exist are anything.
@@ -128,7 +126,7 @@ class FewInt8Kernel {
     const bool is_last = token + kBlockTokens >= segment.tokens();
     const Value* next = is_last ? stored_value(segment, 0) : stored_key(segment, token + kBlockTokens);
     const std::uint16_t* scales = stored_scales(segment, token);
-    for (int i = 0; i < 2 * walk_.args.kv.kv_heads; ++i) ask_line(scales + 32 * i);
+    for (int i = 0; i < 2 * walk_.args.kv.kv_heads; ++i) __builtin_prefetch(scales + 32 * i);
     int h = 0;
     for (; h + 2 <= heads_; h += 2) {
       ask(next, h, 2);

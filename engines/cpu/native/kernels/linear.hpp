@@ -28,15 +28,23 @@ struct LinearArgs {
   const float* residual;  // [rows, columns] or null
   std::int64_t residual_stride;
   Rows out;
-  std::int64_t panel_bytes = 0;  // of `weight`
-  PanelMemory ahead = {};        // of what the thread will read after the panels: asked for, where rows are few
+  std::int64_t panel_bytes;  // of `weight`
+  PanelMemory ahead;         // of the same file: what the thread reads after these panels, asked for where rows are few
 };
 
+constexpr std::int64_t panel_bytes(std::int64_t channels, int weight_bits) {
+  return channels * kPanelColumns * weight_bits / 8;
+}
+
+// Where there are no outliers or no group scales, the weights take their place: there is nothing else to ask for.
 inline PanelMemory panel_memory(const LinearArgs& args, std::int64_t panel) {
-  const std::int64_t groups = args.group_scale != nullptr ? args.channels / args.group_size : 0;
-  return {args.weight + panel * args.panel_bytes,
-          args.outlier_weight + panel * args.outliers * kPanelColumns * std::int64_t{sizeof(std::uint16_t)},
-          args.group_scale + panel * groups * kPanelColumns};
+  PanelMemory memory{args.weight + panel * args.panel_bytes, args.weight,
+                     reinterpret_cast<const std::uint16_t*>(args.weight)};
+  if (args.outliers > 0) memory.outlier_weight = args.outlier_weight + panel * panel_bytes(args.outliers, 16);
+  if (args.group_scale != nullptr) {
+    memory.group_scale = args.group_scale + panel * (args.channels / args.group_size) * kPanelColumns;
+  }
+  return memory;
 }
 
 }  // namespace edgellm

@@ -5,10 +5,9 @@ namespace edgellm::EDGELLM_ISA {
 namespace {
 
 struct HalfTile {
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask = NotAsking>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    const std::int64_t panel_bytes = args.channels / 2 * kLineBytes;
-    const std::uint8_t* weight = args.weight + panel * panel_bytes;
+    const std::uint8_t* weight = args.weight + panel * args.panel_bytes;
     const HalfIn* x[Rows];
     F32 sum[Rows][Panels];
     for (int r = 0; r < Rows; ++r) {
@@ -17,7 +16,7 @@ struct HalfTile {
     }
     for (std::int64_t k = 0; k < args.channels; k += 2) {
       for (int p = 0; p < Panels; ++p) {
-        const HalfLine line = load_half_line(weight + p * panel_bytes + k / 2 * kLineBytes);
+        const HalfLine line = load_half_line(weight + p * args.panel_bytes + k / 2 * kLineBytes);
         for (int r = 0; r < Rows; ++r) sum[r][p] = dot_half(sum[r][p], line, x[r] + k);
       }
     }

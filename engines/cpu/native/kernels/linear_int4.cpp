@@ -10,20 +10,20 @@ inline F32 group_scale(const LinearArgs& args, std::int64_t panel, std::int64_t 
 }
 
 inline const std::uint8_t* panel_weight(const LinearArgs& args, std::int64_t panel) {
-  return args.weight + panel * args.channels / 8 * kLineBytes;
+  return args.weight + panel * args.panel_bytes;
 }
 
 // Exact integer sums inside a group; groups are added in float32, in order.
 struct Int4Tile {
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask = NotAsking>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
     F32 total[Rows][Panels];
     for (auto& sums : total) {
       for (F32& sum : sums) sum = zero();
     }
-    const Asking<Rows, Panels> asking(args, panel_weight(args, panel));
+    const Ask ask(args, panel_weight(args, panel));
     for (std::int64_t group = 0; group < args.channels / args.group_size; ++group) {
-      add_group(args, row, panel, group, asking, total);
+      add_group(args, row, panel, group, ask, total);
     }
     for (int r = 0; r < Rows; ++r) {
       const F32 scale = set1(*record_at<float>(args, row + r, args.x.scale_at));
@@ -31,10 +31,10 @@ struct Int4Tile {
     }
   }
 
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask>
   static void add_group(const LinearArgs& args, std::int64_t row, std::int64_t panel, std::int64_t group,
-                        const Asking<Rows, Panels>& asking, F32 (&total)[Rows][Panels]) {
-    asking.group(group);
+                        const Ask& ask, F32 (&total)[Rows][Panels]) {
+    ask.group(group);
     const std::int8_t* x[Rows];
     I32 sum[Rows][Panels];
     for (int r = 0; r < Rows; ++r) {
@@ -45,7 +45,7 @@ struct Int4Tile {
     for (std::int64_t k = group * args.group_size; k < (group + 1) * args.group_size; k += 8) {
       for (int p = 0; p < Panels; ++p) {
         const std::uint8_t* weight = panel_weight(args, panel + p) + k / 8 * kLineBytes;
-        asking.line(weight);
+        ask.line(weight);
         const Int4Line line = load_int4_line(weight);
         for (int r = 0; r < Rows; ++r) sum[r][p] = dot_int4(sum[r][p], line, x[r] + k);
       }
@@ -64,7 +64,7 @@ inline F32 nibble_weight(I32 words) {
 
 // Weights widened to float32, activations left in float32.
 struct Int4FloatTile {
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask = NotAsking>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
     F32 total[Rows][Panels];
     for (auto& sums : total) {

@@ -6,21 +6,20 @@ namespace {
 
 // Integer sums over all channels, then one scaling per value.
 struct Int8Tile {
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask = NotAsking>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    const std::int64_t panel_bytes = args.channels / 4 * kLineBytes;
-    const std::uint8_t* weight = args.weight + panel * panel_bytes;
+    const std::uint8_t* weight = args.weight + panel * args.panel_bytes;
     const std::int8_t* x[Rows];
     I32 sum[Rows][Panels];
     for (int r = 0; r < Rows; ++r) {
       x[r] = record_at<std::int8_t>(args, row + r, 0);
       for (int p = 0; p < Panels; ++p) sum[r][p] = set1_i32(0);
     }
-    const Asking<Rows, Panels> asking(args, weight);
+    const Ask ask(args, weight);
     for (std::int64_t k = 0; k < args.channels; k += 4) {
       for (int p = 0; p < Panels; ++p) {
-        const std::uint8_t* line_at = weight + p * panel_bytes + k / 4 * kLineBytes;
-        asking.line(line_at);
+        const std::uint8_t* line_at = weight + p * args.panel_bytes + k / 4 * kLineBytes;
+        ask.line(line_at);
         const Int8Line line = load_int8_line(line_at);
         for (int r = 0; r < Rows; ++r) sum[r][p] = dot_int8(sum[r][p], line, x[r] + k);
       }
@@ -35,20 +34,19 @@ struct Int8Tile {
 struct Int8x16Tile {
   static constexpr int kMaxSums = kTileRows * kTilePanels / 2;  // a value takes two registers
 
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask = NotAsking>
   static void run(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
     if constexpr (Rows > 1 && Rows * Panels > kMaxSums) {
-      run<Rows / 2, Panels>(args, row, panel);
-      run<Rows - Rows / 2, Panels>(args, row + Rows / 2, panel);
+      run<Rows / 2, Panels, Ask>(args, row, panel);
+      run<Rows - Rows / 2, Panels, Ask>(args, row + Rows / 2, panel);
     } else {
-      run_tile<Rows, Panels>(args, row, panel);
+      run_tile<Rows, Panels, Ask>(args, row, panel);
     }
   }
 
-  template <int Rows, int Panels>
+  template <int Rows, int Panels, class Ask = NotAsking>
   static void run_tile(const LinearArgs& args, std::int64_t row, std::int64_t panel) {
-    const std::int64_t panel_bytes = args.channels / 4 * kLineBytes;
-    const std::uint8_t* weight = args.weight + panel * panel_bytes;
+    const std::uint8_t* weight = args.weight + panel * args.panel_bytes;
     const std::int8_t* x[Rows];
     I32 high[Rows][Panels];
     I32 low[Rows][Panels];
@@ -56,11 +54,11 @@ struct Int8x16Tile {
       x[r] = record_at<std::int8_t>(args, row + r, 0);
       for (int p = 0; p < Panels; ++p) high[r][p] = low[r][p] = set1_i32(0);
     }
-    const Asking<Rows, Panels> asking(args, weight);
+    const Ask ask(args, weight);
     for (std::int64_t k = 0; k < args.channels; k += 4) {
       for (int p = 0; p < Panels; ++p) {
-        const std::uint8_t* line_at = weight + p * panel_bytes + k / 4 * kLineBytes;
-        asking.line(line_at);
+        const std::uint8_t* line_at = weight + p * args.panel_bytes + k / 4 * kLineBytes;
+        ask.line(line_at);
         const Int8Line line = load_int8_line(line_at);
         for (int r = 0; r < Rows; ++r) {
           high[r][p] = dot_int8(high[r][p], line, x[r] + k);

@@ -102,47 +102,54 @@ void walk_rows(const LinearArgs& args, std::int64_t panel) {
   }
 }
 
-// While a tile of few rows reads its weights, asks for as many that come next, in the same order: line after line of
-// all panels, because a core reads more from several places at once than from one. More rows do not wait for memory.
-template <int Rows, int Panels>
+// While a tile reads its weights, asks for as many that come next, in the same order: line after line of all panels,
+// because a core reads more from several places at once than from one.
+template <int Panels>
 class Asking {
  public:
   Asking(const LinearArgs& args, const std::uint8_t* weight)
       : ahead_(args.ahead),
-        distance_(args.ahead.weight != nullptr ? args.ahead.weight - weight : 0),
+        distance_(args.ahead.weight - weight),
         groups_(args.group_scale != nullptr ? args.channels / args.group_size : 0),
         outlier_lines_(Panels * args.outliers / 2) {}
 
   // As the line at `weight` is read.
-  EDGELLM_ASKS void line(const std::uint8_t* weight) const {
-    if constexpr (Rows <= kMostRows) ask_line(weight + distance_);
-  }
+  EDGELLM_ASKS void line(const std::uint8_t* weight) const { ask_line(weight + distance_); }
 
   // As a group is begun: its part of what else the panels have.
   EDGELLM_ASKS void group(std::int64_t group) const {
-    if constexpr (Rows <= kMostRows) {
-      const std::int64_t end = (group + 1) * outlier_lines_ / groups_;
-      for (std::int64_t i = group * outlier_lines_ / groups_; i < end; ++i)
-        ask_line(ahead_.outlier_weight + i * kLineBytes);
-      for (int p = 0; p < Panels; p += 2) ask_line(ahead_.group_scale + (group * Panels + p) * kPanelColumns);
+    const std::int64_t end = (group + 1) * outlier_lines_ / groups_;
+    for (std::int64_t i = group * outlier_lines_ / groups_; i < end; ++i) {
+      ask_line(ahead_.outlier_weight + i * kLineBytes);
     }
+    for (int p = 0; p < Panels; p += 2) ask_line(ahead_.group_scale + (group * Panels + p) * kPanelColumns);
   }
 
  private:
-  static constexpr int kMostRows = 2;
-
   PanelMemory ahead_;
   std::int64_t distance_;
   std::int64_t groups_, outlier_lines_;
 };
 
+// For tiles of so many rows that they do not wait for memory, or of so much weight that the cache would not keep what
+// comes next.
+struct NotAsking {
+  NotAsking(const LinearArgs&, const std::uint8_t*) {}
+  void line(const std::uint8_t*) const {}
+  void group(std::int64_t) const {}
+};
+
 // One or two rows leave registers free: more panels at a time hide the latency of the sums.
+inline constexpr int kFewRowsPanels = 4;
+
 template <class Tile, int Rows, int Panels>
 std::int64_t walk_few_rows(const LinearArgs& args, std::int64_t panel, std::int64_t end) {
+  const bool asks = Panels * args.panel_bytes <= kAskedBytes;
   LinearArgs tile = args;
   for (; panel + Panels <= end; panel += Panels) {
     tile.ahead = panel + Panels < end ? panel_memory(args, panel + Panels) : args.ahead;
-    Tile::template run<Rows, Panels>(tile, 0, panel);
+    asks ? Tile::template run<Rows, Panels, Asking<Panels>>(tile, 0, panel)
+         : Tile::template run<Rows, Panels>(tile, 0, panel);
   }
   return panel;
 }
@@ -150,9 +157,11 @@ std::int64_t walk_few_rows(const LinearArgs& args, std::int64_t panel, std::int6
 template <class Tile>
 void walk_panels(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   std::int64_t panel = begin;
-  if (args.rows == 1) panel = walk_few_rows<Tile, 1, kRowPanels>(args, panel, end);
-  if (args.rows <= 2) {
-    panel = args.rows == 1 ? walk_few_rows<Tile, 1, 4>(args, panel, end) : walk_few_rows<Tile, 2, 4>(args, panel, end);
+  if (args.rows == 1) {
+    panel = walk_few_rows<Tile, 1, kSingleRowPanels>(args, panel, end);
+    panel = walk_few_rows<Tile, 1, kFewRowsPanels>(args, panel, end);
+  } else if (args.rows == 2) {
+    panel = walk_few_rows<Tile, 2, kFewRowsPanels>(args, panel, end);
   }
   for (; panel + kTilePanels <= end; panel += kTilePanels) {
     walk_rows<Tile, kTilePanels>(args, panel);

@@ -13,7 +13,8 @@ inline constexpr int kInt4Offset = 8;
 inline constexpr int kInt8Offset = 0;
 inline constexpr int kTileRows = 4;
 inline constexpr int kTilePanels = 1;
-inline constexpr int kRowPanels = 4;  // of a single row
+inline constexpr int kSingleRowPanels = 4;
+inline constexpr int kAskedBytes = 128 << 10;  // ahead of a tile, at most: so much stays in the second cache
 
 struct F32 {
   __m256 lo, hi;

@@ -13,7 +13,8 @@ inline constexpr int kInt4Offset = 8;
 inline constexpr int kInt8Offset = 128;
 inline constexpr int kTileRows = 4;
 inline constexpr int kTilePanels = 4;
-inline constexpr int kRowPanels = 8;  // of a single row
+inline constexpr int kSingleRowPanels = 8;
+inline constexpr int kAskedBytes = 512 << 10;  // ahead of a tile, at most: so much stays in the second cache
 
 struct F32 {
   __m512 v;
