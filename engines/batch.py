@@ -8,9 +8,15 @@ from edgellm.engines.kv import KvPool
 from edgellm.engines.spec import EngineSpec
 
 
+def row_counts(batch: Batch) -> npt.NDArray[np.int32]:
+    """[sequences]: the rows of each sequence. `np.diff` takes several times as long for a few."""
+    counts: npt.NDArray[np.int32] = batch.row_starts[1:] - batch.row_starts[:-1]
+    return counts
+
+
 def row_positions(batch: Batch) -> npt.NDArray[np.int32]:
     """[rows]: the position of each row in its own sequence."""
-    counts = np.diff(batch.row_starts)
+    counts = row_counts(batch)
     offsets = np.arange(batch.row_starts[-1], dtype=np.int32) - np.repeat(batch.row_starts[:-1], counts)
     positions: npt.NDArray[np.int32] = np.repeat(batch.first_positions, counts) + offsets
     return positions
@@ -26,7 +32,7 @@ def check_batch(batch: Batch, spec: EngineSpec, pool: KvPool) -> None:
 
 def _check_rows(batch: Batch, spec: EngineSpec) -> None:
     starts = batch.row_starts
-    if len(starts) < 2 or starts[0] != 0 or (np.diff(starts) <= 0).any():
+    if len(starts) < 2 or starts[0] != 0 or (row_counts(batch) <= 0).any():
         raise ValueError(f"row_starts {starts.tolist()} must ascend from 0, with at least one row per sequence")
     if starts[-1] > spec.limits.max_rows:
         raise ValueError(f"{starts[-1]} rows in one step; this engine takes at most {spec.limits.max_rows}")
@@ -45,7 +51,7 @@ def _check_sequences(batch: Batch, spec: EngineSpec) -> None:
         raise ValueError(f"first_positions and block_tables must each have one entry per sequence, {sequences}")
     if (batch.first_positions < 0).any():
         raise ValueError(f"first position {batch.first_positions.min()} is negative")
-    longest = int((batch.first_positions + np.diff(batch.row_starts)).max())
+    longest = int((batch.first_positions + row_counts(batch)).max())
     if longest > spec.limits.max_seq_len:
         raise ValueError(f"a sequence of {longest} tokens; this engine takes at most {spec.limits.max_seq_len}")
 
@@ -60,7 +66,7 @@ def _check_tokens(batch: Batch, spec: EngineSpec) -> None:
 
 def _check_blocks(batch: Batch, pool: KvPool) -> None:
     """Only the blocks that the sequence's tokens lie in are looked at; the rest of a table row is padding."""
-    lengths = batch.first_positions + np.diff(batch.row_starts)
+    lengths = batch.first_positions + row_counts(batch)
     needed = -(-lengths // pool.contract.block_tokens)
     columns = batch.block_tables.shape[1]
     if needed.max() > columns:
