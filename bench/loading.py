@@ -83,7 +83,7 @@ class Loader:
 
 
 def _place_anew(path: Path) -> None:
-    """Reads a contender's files into other memory than they are cached in.
+    """Drops a contender's files from the page cache and reads them again.
 
     A virtual machine's memory is not all alike: the same weights were read a third slower where they happened to lie
     badly, and would be in every run, while a contender that copies its weights gets another place each time.

@@ -102,6 +102,7 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
   const Floats residual = random_floats(c.rows * c.columns, 8);
   Floats out(c.rows * c.columns);
   const bool is_half = c.form == Form::kHalf;
+  const int weight_bits = is_half ? 16 : c.is_int4() ? 4 : 8;
   LinearArgs args{.x = prepared,
                   .rows = c.rows,
                   .weight = is_half ? reinterpret_cast<const std::uint8_t*>(weight_halves.data()) : weight_bytes.data(),
@@ -116,9 +117,7 @@ Floats run_linear(const KernelTable& kernels, const LinearCase& c) {
                   .residual = residual.data(),
                   .residual_stride = c.columns,
                   .out = {out.data(), c.columns},
-                  .panel_bytes = panel_bytes(c.channels, is_half       ? 16
-                                                         : c.is_int4() ? 4
-                                                                       : 8),
+                  .panel_bytes = panel_bytes(c.channels, weight_bits),
                   .ahead = {}};
   args.ahead = panel_memory(args, 0);
   (is_half                    ? kernels.prepare_half
